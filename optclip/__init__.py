@@ -1,0 +1,44 @@
+"""Gradient clipping for JAX: every norm clip as a pure Optax transformation.
+
+    import optax, optclip
+
+    optimizer = optax.chain(optclip.clip_by_global_norm(1.0), optax.sgd(0.01))
+
+A clip measures norms, asks a rule for a threshold, limits, and lets the rule observe. `clip_by`
+runs these four steps; a named method is a composition of `norms`, `scopes`, `thresholds` and
+`limiters`. `metrics` reads what a clip did from any optimizer state.
+"""
+
+from optclip import limiters, norms, scopes, thresholds
+from optclip.clipping import ClipState, clip_by
+from optclip.methods import (
+    adaptive_grad_clip,
+    clip_by_block_rms,
+    clip_by_global_norm,
+    clip_by_group_norm,
+    clip_by_leaf_norm,
+    clip_by_value,
+    measure_norms,
+    smooth_clip,
+)
+from optclip.readings import metrics
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClipState",
+    "adaptive_grad_clip",
+    "clip_by",
+    "clip_by_block_rms",
+    "clip_by_global_norm",
+    "clip_by_group_norm",
+    "clip_by_leaf_norm",
+    "clip_by_value",
+    "limiters",
+    "measure_norms",
+    "metrics",
+    "norms",
+    "scopes",
+    "smooth_clip",
+    "thresholds",
+]

@@ -1,0 +1,132 @@
+"""Which leaves are split over which mesh axes, inside `shard_map` and `pmap`.
+
+Under `jit`, with automatic or explicit mesh axes, an array is whole whatever its sharding, and
+nothing here is used. Inside `shard_map` and `pmap` an array is one device's part. Statistics are
+then summed over the axes that `axis_name` names, and a leaf that is the same on all devices of an
+axis must be counted once: its statistic is divided by the axis' size before the sum.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.sharding import PartitionSpec
+
+Sharded = Callable[[str], Any] | Any
+
+
+class Split(NamedTuple):
+    """How one leaf lies on the mesh axes a norm is taken over.
+
+    Attributes:
+        names: Axes over which the leaf is split.
+        dims: From dimension to the axes that split it; None where that is not known.
+        copies: On how many devices each of the leaf's entries lies.
+    """
+
+    names: tuple[str, ...] = ()
+    dims: Mapping[int, tuple[str, ...]] | None = None
+    copies: int = 1
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts the leaf is split."""
+        return axis_size(self.names)
+
+
+WHOLE = Split(dims={})
+
+
+def axis_names(axis_name: Any) -> tuple[str, ...] | None:
+    """`axis_name` as a tuple; None stays None."""
+    if axis_name is None or isinstance(axis_name, tuple | list):
+        return None if axis_name is None else tuple(axis_name)
+    return (axis_name,)
+
+
+def axis_size(names: tuple[str, ...]) -> int:
+    """How many devices lie along all the axes together; 1 for none."""
+    return math.prod(lax.axis_size(name) for name in names)
+
+
+def split_of(path: str, leaf: jax.Array, axis_name: Any, sharded: Any) -> Split:
+    """How `leaf` lies on the axes of `axis_name`.
+
+    Args:
+        path: Where the leaf is in its tree, for messages.
+        leaf: One device's part of the leaf, or the whole leaf outside `shard_map` and `pmap`.
+        axis_name: The axes over which leaves may be split: a name, a tuple of names (empty: every
+            device clips its own part on purpose), or None.
+        sharded: The caller's answer for this leaf: a name, a tuple of names, a `PartitionSpec`,
+            `()` for a leaf that is not split, or `...` where the caller said nothing.
+
+    Raises:
+        ValueError: Where the leaf may be split and nobody says over what.
+    """
+    names = axis_names(axis_name)
+    varying = frozenset(jax.typeof(leaf).manual_axis_type.varying)
+    if names is None:
+        if varying:
+            raise ValueError(
+                f"{path!r} differs between devices along {sorted(varying)}, so its norm here would "
+                f"be one device's own: pass axis_name={_quoted(varying)} if the leaf is split over "
+                "it, or average the gradients first (jax.lax.pmean); axis_name=() clips every "
+                "device's part by itself"
+            )
+        return WHOLE
+    if not names:
+        return WHOLE
+    if sharded is not ...:
+        split = _said(path, sharded, names)
+    elif all(_tracked(name) for name in names):
+        if varying - set(names):
+            raise ValueError(
+                f"{path!r} differs between devices along {sorted(varying - set(names))}, which "
+                f"axis_name={axis_name!r} does not name: add it if the leaf is split over it, or "
+                "average the gradients over it first (jax.lax.pmean)"
+            )
+        split = Split(tuple(name for name in names if name in varying))
+    else:
+        raise ValueError(
+            f"axis_name={axis_name!r}: JAX does not track here over which axes {path!r} is split "
+            "(pmap, or shard_map with check_vma=False); say it with sharded=, a tree of "
+            "PartitionSpecs or a function from path to axis names (() for a leaf that every device "
+            "holds whole), or use jax.shard_map with check_vma=True"
+        )
+    return split._replace(
+        copies=axis_size(tuple(name for name in names if name not in split.names))
+    )
+
+
+def _said(path: str, answer: Any, names: tuple[str, ...]) -> Split:
+    """The caller's `sharded=` answer for one leaf."""
+    if answer is None:
+        return WHOLE
+    if isinstance(answer, PartitionSpec):
+        dims = {dim: _flat(entry) for dim, entry in enumerate(answer) if entry is not None}
+        dims = {dim: tuple(n for n in entry if n in names) for dim, entry in dims.items()}
+        return Split(tuple(name for entry in dims.values() for name in entry), dims)
+    flat = _flat(answer)
+    unknown = [name for name in flat if name not in names]
+    if unknown:
+        raise ValueError(
+            f"sharded= says that {path!r} is split over {unknown[0]!r}, which axis_name={names!r} "
+            "does not name"
+        )
+    return Split(flat, None if flat else {})
+
+
+def _flat(entry: Any) -> tuple[str, ...]:
+    return tuple(entry) if isinstance(entry, tuple | list | set | frozenset) else (entry,)
+
+
+def _tracked(name: str) -> bool:
+    """Whether JAX tracks which values vary over the axis: its index does, where it does."""
+    return name in jax.typeof(lax.axis_index(name)).manual_axis_type.varying
+
+
+def _quoted(names: frozenset[str]) -> str:
+    ordered = sorted(names)
+    return repr(ordered[0]) if len(ordered) == 1 else repr(tuple(ordered))

@@ -1,0 +1,87 @@
+"""Limiters: from a norm and its threshold to the factor that multiplies the gradient.
+
+Every limiter is homogeneous, factor(k norm, k threshold) = factor(norm, threshold), and has a
+meaning at every pair of non-negative numbers, infinity included: threshold 0 gives 0, threshold
+infinity gives 1, and a gradient of norm 0 is left as it is.
+
+Factors end in a division on purpose: XLA does not repeat a division for every entry that a factor
+multiplies, as it would repeat a comparison and a choice.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optclip.norms import Magnitude
+
+
+class Limiter(NamedTuple):
+    """How a norm above (or near) its threshold is brought down.
+
+    Attributes:
+        name: What messages call it.
+        factor: (norm, threshold) -> factor in [0, 1], elementwise. Far above the threshold it
+            must fall like threshold / norm.
+        entry: (entry, threshold) -> limited entry, for real arrays whose every entry is a group of
+            its own; None to multiply by the factor.
+    """
+
+    name: str
+    factor: Callable[[jax.Array, jax.Array], jax.Array]
+    entry: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+
+
+def _rescale(norm: jax.Array, threshold: jax.Array) -> jax.Array:
+    over = norm > threshold
+    # Where nothing is clipped, 1/1 keeps 0/0 out of values and slopes.
+    return jnp.where(over, threshold, 1) / jnp.where(over, norm, 1)
+
+
+def _smooth(norm: jax.Array, threshold: jax.Array) -> jax.Array:
+    # As 1 / (1 + norm / threshold), whose sum cannot overflow where the quotient does not matter.
+    opened, closed = jnp.isinf(threshold), threshold == 0
+    ratio = norm / jnp.where(opened | closed, 1, threshold)
+    return jnp.where(closed & (norm > 0), 0, 1) / (1 + jnp.where(opened | closed, 0, ratio))
+
+
+rescale = Limiter(
+    "rescale", _rescale, entry=lambda entry, threshold: lax.clamp(-threshold, entry, threshold)
+)
+"""The classic clip, min(1, threshold / norm): below the threshold nothing changes."""
+
+smooth = Limiter("smooth", _smooth)
+"""threshold / (norm + threshold): every gradient shrinks, none reaches the threshold."""
+
+
+class Factor(NamedTuple):
+    """A factor as a product, since the product itself may be too small for a float32.
+
+    Attributes:
+        coarse: 1, or about the square root of the factor where that is very small.
+        fine: The rest.
+    """
+
+    coarse: jax.Array
+    fine: jax.Array
+
+    def product(self) -> jax.Array:
+        """The factor as one number; 0 where it is too small."""
+        return self.coarse * self.fine
+
+
+def factor_of(limiter: Limiter, magnitude: Magnitude, threshold: jax.Array) -> Factor:
+    """The factor for a norm of any magnitude, right where norm or factor leave float32's range."""
+    norm, scale = magnitude.saturated(), magnitude.scale
+    deep = threshold < norm * 2.0**-60
+    root = jnp.sqrt(jnp.where(deep, threshold, 1)) / jnp.sqrt(jnp.where(deep, norm, 1))
+    # A constant to derivatives: the fine factor is taken at the norm that the coarse one leaves.
+    coarse = lax.stop_gradient(root)
+    # Left to right, so that no product leaves the range: a scale below 1 belongs to a huge value.
+    left = magnitude.value * (coarse / jnp.minimum(scale, 1)) / jnp.maximum(scale, 1)
+    fine = limiter.factor(
+        jnp.where(deep, left, magnitude.value), jnp.where(deep, threshold, threshold * scale)
+    )
+    return Factor(coarse, fine)

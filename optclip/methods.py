@@ -1,0 +1,452 @@
+"""The named methods: each a composition of a few lines, with its formula, defaults and source."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from optclip import limiters, norms, scopes, thresholds
+from optclip.clipping import Nonfinite, clip_by
+from optclip.norms import Norm
+from optclip.scopes import Scope
+
+
+def clip_by_value(
+    max_delta: Any,
+    *,
+    axis_name: Any = None,
+    sharded: Any = None,
+    nonfinite: Nonfinite = "propagate",
+    detail: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clamps every entry to [-max_delta, max_delta]: value truncation, which turns the gradient.
+
+    .. math:: u_i \leftarrow \max(-\delta, \min(u_i, \delta))
+
+    A norm clip keeps the direction of the gradient and shortens it; this one cuts the large
+    entries and keeps the small ones. `optax.clip` under the name of what it does. Complex entries
+    are limited in modulus and keep their phase (`optax.clip` refuses them).
+
+    Args:
+        max_delta: Largest modulus of an entry, in units of the gradient; a number, traced scalar
+            or Optax schedule. There is no customary value.
+        axis_name: See `clip_by`.
+        sharded: See `clip_by`.
+        nonfinite: See `clip_by`. "propagate" keeps the whole gradient as it is, infinities too.
+        detail: See `clip_by`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `ClipState`. `norm` reads the largest
+        entry, `clip_rate` the share of entries clipped. The readings take two passes over the
+        gradient (one for the largest entry, one for NaN), and a third to count where entries are
+        clipped.
+
+    Raises:
+        ValueError: If `max_delta` is concrete and negative or NaN.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> clip = optclip.clip_by_value(1.0)
+        >>> updates, _ = clip.update(jnp.array([3.0, -0.5]), None)
+        >>> updates.tolist()
+        [1.0, -0.5]
+    """
+    return clip_by(
+        thresholds.constant(max_delta, "clip_by_value(max_delta=...)"),
+        scope=scopes.element,
+        axis_name=axis_name,
+        sharded=sharded,
+        nonfinite=nonfinite,
+        detail=detail,
+    )
+
+
+def clip_by_global_norm(
+    max_norm: Any,
+    *,
+    ord: Any = None,
+    axis_name: Any = None,
+    sharded: Any = None,
+    nonfinite: Nonfinite = "propagate",
+    detail: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales the whole gradient so that its norm is at most `max_norm`.
+
+    .. math:: u \leftarrow u \, \min(1, c / \|u\|)
+
+    The direction is kept, and below the threshold nothing changes, bit for bit. A drop-in for
+    `optax.clip_by_global_norm`, with the norm in float32 whatever the dtype of the gradient.
+
+    Args:
+        max_norm: c, the largest norm, in units of the gradient's norm; a number, traced scalar or
+            Optax schedule. 1.0 is the convention for large language models; Pascanu et al. look
+            at the average norm of a run and choose a value near it.
+        ord: Which norm: None or 2 for the Euclidean, 1, any p > 0, or `jnp.inf`. A plain number:
+            it shapes the program.
+        axis_name: See `clip_by`.
+        sharded: See `clip_by`.
+        nonfinite: See `clip_by`.
+        detail: See `clip_by`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `ClipState`. State: ten scalars at the
+        most. Cost: one pass over the gradient for the norm; two for other orders than 1 and 2.
+
+    Raises:
+        ValueError: If `max_norm` is concrete and negative or NaN, or `ord` is not a number above 0.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optclip
+        >>> optimizer = optax.chain(optclip.clip_by_global_norm(1.0), optax.sgd(0.01))
+        >>> params = {"w": jnp.array([3.0, 4.0])}
+        >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+        >>> float(optclip.metrics(state)["clip/norm"])
+        5.0
+
+    References:
+        Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks",
+        2012, arXiv:1211.5063.
+    """
+    return clip_by(
+        thresholds.constant(max_norm, "clip_by_global_norm(max_norm=...)"),
+        norm=norms.l2 if ord is None else norms.lp(ord),
+        axis_name=axis_name,
+        sharded=sharded,
+        nonfinite=nonfinite,
+        detail=detail,
+    )
+
+
+def clip_by_leaf_norm(
+    max_norm: Any,
+    *,
+    axis_name: Any = None,
+    sharded: Any = None,
+    nonfinite: Nonfinite = "propagate",
+    detail: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales every leaf so that its own norm is at most `max_norm`.
+
+    .. math:: u_l \leftarrow u_l \, \min(1, c / \|u_l\|) \quad \text{for each leaf } l
+
+    What Keras calls `clipnorm`. One large layer no longer shrinks the others, and the direction
+    of the gradient as a whole changes.
+
+    Args:
+        max_norm: c, the largest norm of a leaf, in units of the gradient's norm; a number, traced
+            scalar or Optax schedule. There is no customary value.
+        axis_name: See `clip_by`.
+        sharded: See `clip_by`.
+        nonfinite: See `clip_by`.
+        detail: See `clip_by`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `ClipState`; `clip_rate` reads the share
+        of leaves clipped. Cost: one pass over the gradient; another one where a leaf is all zero.
+
+    Raises:
+        ValueError: If `max_norm` is concrete and negative or NaN.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> clip = optclip.clip_by_leaf_norm(1.0)
+        >>> grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.5])}
+        >>> updates, state = clip.update(grads, clip.init(grads))
+        >>> float(updates["b"][0]), float(optclip.metrics(state)["clip/clip_rate"])
+        (0.5, 0.5)
+    """
+    return clip_by(
+        thresholds.constant(max_norm, "clip_by_leaf_norm(max_norm=...)"),
+        scope=scopes.leaf,
+        axis_name=axis_name,
+        sharded=sharded,
+        nonfinite=nonfinite,
+        detail=detail,
+    )
+
+
+def clip_by_group_norm(
+    max_norm: Any,
+    labels: Any,
+    *,
+    axis_name: Any = None,
+    sharded: Any = None,
+    nonfinite: Nonfinite = "propagate",
+    detail: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales the leaves of each label so that their common norm is at most that label's bound.
+
+    .. math:: u_l \leftarrow u_l \, \min(1, c_k / \|u_{(k)}\|) \quad \text{for each leaf } l
+        \text{ of label } k
+
+    With one label for all it is one shared norm, also where `optax.partition` gives each part an
+    optimizer of its own: a clip inside each part sees that part's norm only. Put this one before
+    the partition.
+
+    Args:
+        max_norm: c, the largest norm, in units of the gradient's norm: one number for every label,
+            or a mapping from label to number. Numbers may be traced scalars or Optax schedules.
+        labels: A tree of labels with the structure of the gradient, or of a prefix of it, or a
+            function from a leaf's path ("block_0/attention/kernel") to its label. Label None
+            leaves a leaf alone: it is neither measured nor clipped.
+        axis_name: See `clip_by`.
+        sharded: See `clip_by`.
+        nonfinite: See `clip_by`.
+        detail: See `clip_by`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `ClipState`; `clip_rate` reads the share
+        of groups clipped. Cost: one pass over the gradient; another one where a group is all zero.
+
+    Raises:
+        ValueError: If a bound is concrete and negative or NaN, or, when it meets a gradient, if a
+            label has no bound.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> clip = optclip.clip_by_group_norm(
+        ...     {"embedding": 0.1, "body": 1.0},
+        ...     labels=lambda path: "embedding" if "embedding" in path else "body",
+        ... )
+        >>> grads = {"embedding": jnp.array([3.0]), "dense": jnp.array([0.5])}
+        >>> updates, _ = clip.update(grads, clip.init(grads))
+        >>> round(float(updates["embedding"][0]), 6), float(updates["dense"][0])
+        (0.1, 0.5)
+    """
+    name = "clip_by_group_norm(max_norm=...)"
+    if isinstance(max_norm, Mapping):
+        if not max_norm:
+            raise ValueError(
+                f"{name} must name at least one label, got {max_norm!r}; pass a number"
+            )
+        rule, order = thresholds.per_group(dict(max_norm), name), list(max_norm)
+    else:
+        rule, order = thresholds.constant(max_norm, name), None
+    return clip_by(
+        rule,
+        scope=scopes.group(labels, order),
+        axis_name=axis_name,
+        sharded=sharded,
+        nonfinite=nonfinite,
+        detail=detail,
+    )
+
+
+def clip_by_block_rms(
+    threshold: Any,
+    *,
+    axis_name: Any = None,
+    sharded: Any = None,
+    nonfinite: Nonfinite = "propagate",
+    detail: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales every leaf so that its root mean square is at most `threshold`.
+
+    .. math:: u_l \leftarrow u_l / \max(1, \mathrm{RMS}(u_l) / d) \quad \text{for each leaf } l
+
+    Adafactor's update clip: meant for after the optimizer's scaling, where an entry is about 1.
+    A drop-in for `optax.clip_by_block_rms`.
+
+    Args:
+        threshold: d, the largest root mean square of a leaf, in units of its entries; a number,
+            traced scalar or Optax schedule. Adafactor takes 1.0.
+        axis_name: See `clip_by`.
+        sharded: See `clip_by`.
+        nonfinite: See `clip_by`.
+        detail: See `clip_by`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `ClipState`; `norm` reads the root mean
+        square of all leaves together. Cost: one pass over the updates; another one where a leaf is
+        all zero.
+
+    Raises:
+        ValueError: If `threshold` is concrete and negative or NaN.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> clip = optclip.clip_by_block_rms(1.0)
+        >>> updates, _ = clip.update(jnp.array([2.0, -2.0]), None)
+        >>> updates.tolist()
+        [1.0, -1.0]
+
+    References:
+        Shazeer and Stern, "Adafactor: adaptive learning rates with sublinear memory cost", 2018,
+        arXiv:1804.04235.
+    """
+    return clip_by(
+        thresholds.constant(threshold, "clip_by_block_rms(threshold=...)"),
+        scope=scopes.leaf,
+        norm=norms.rms,
+        axis_name=axis_name,
+        sharded=sharded,
+        nonfinite=nonfinite,
+        detail=detail,
+    )
+
+
+def adaptive_grad_clip(
+    clipping: Any,
+    eps: Any = 1e-3,
+    axis: Any = None,
+    *,
+    axis_name: Any = None,
+    sharded: Any = None,
+    nonfinite: Nonfinite = "propagate",
+    detail: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Bounds the gradient of every unit relative to the unit's weights (AGC).
+
+    .. math:: u_i \leftarrow u_i \, \min\left(1,
+        \lambda \max(\|w_i\|, \epsilon) / \|u_i\|\right) \quad \text{for each unit } i
+
+    A unit is the weights into one output. A drop-in for `optax.adaptive_grad_clip`, whose axes
+    fit dense layers and convolutions; for embeddings, stacked layers, attention and
+    mixture-of-experts kernels let `axis` be a function. The paper leaves the last layer unclipped:
+    answer None for it.
+
+    Args:
+        clipping: lambda, the largest ratio of the gradient's norm to the weights'; a number,
+            traced scalar or Optax schedule. The paper uses 0.01 at batch size 4096 and larger
+            values at smaller ones.
+        eps: Smallest norm of weights reckoned with, so that weights that start at zero can move;
+            the paper's default.
+        axis: The axes that one unit spans: an int or tuple for every leaf, or a function
+            (path, shape) -> axes, which may answer None to leave a leaf alone. None: see
+            `optclip.scopes.fan_in_axes`.
+        axis_name: See `clip_by`.
+        sharded: See `clip_by`.
+        nonfinite: See `clip_by`.
+        detail: See `clip_by`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `ClipState`; `clip_rate` reads the share
+        of units clipped. Cost: one pass over the gradient and one over the parameters; another one
+        over those of the two in which a unit is all zero.
+
+    Raises:
+        ValueError: If `clipping` or `eps` is concrete and negative or NaN, if an axis does not
+            exist, or if `update` gets no `params`.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> def axis(path, shape):
+        ...     if path.startswith("head"):
+        ...         return None
+        ...     return (1,) if "embedding" in path else optclip.scopes.fan_in_axes(path, shape)
+        >>> clip = optclip.adaptive_grad_clip(0.01, axis=axis)
+        >>> params = {"dense": jnp.array([[3.0], [4.0]]), "head": jnp.ones((2, 2))}
+        >>> grads = {"dense": jnp.array([[0.0], [1.0]]), "head": jnp.ones((2, 2))}
+        >>> updates, _ = clip.update(grads, clip.init(params), params)
+        >>> round(float(updates["dense"][1, 0]), 6), float(updates["head"][0, 0])
+        (0.05, 1.0)
+
+    References:
+        Brock, De, Smith and Simonyan, "High-performance large-scale image recognition without
+        normalization", 2021, arXiv:2102.06171.
+    """
+    return clip_by(
+        thresholds.relative_to_params(clipping, eps, "adaptive_grad_clip"),
+        scope=scopes.unit(axis),
+        axis_name=axis_name,
+        sharded=sharded,
+        nonfinite=nonfinite,
+        detail=detail,
+    )
+
+
+def smooth_clip(
+    max_norm: Any,
+    *,
+    axis_name: Any = None,
+    sharded: Any = None,
+    nonfinite: Nonfinite = "propagate",
+    detail: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Shrinks the whole gradient smoothly, so that its norm stays below `max_norm`.
+
+    .. math:: u \leftarrow u \, c / (\|u\| + c)
+
+    A gradient far below the threshold passes nearly unchanged, one at the threshold is halved,
+    and none gets there. With a step size eta it is the step eta c / (c + norm) of clipped
+    gradient descent under relaxed smoothness, which equals the hard clip up to a factor of 2.
+
+    Args:
+        max_norm: c, the norm that is never reached, in units of the gradient's norm; a number,
+            traced scalar or Optax schedule. There is no customary value.
+        axis_name: See `clip_by`.
+        sharded: See `clip_by`.
+        nonfinite: See `clip_by`.
+        detail: See `clip_by`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `ClipState`; `clip_rate` reads the share
+        of steps whose norm was above c. Cost: one pass over the gradient.
+
+    Raises:
+        ValueError: If `max_norm` is concrete and negative or NaN.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> clip = optclip.smooth_clip(5.0)
+        >>> updates, _ = clip.update(jnp.array([3.0, 4.0]), None)
+        >>> updates.tolist()
+        [1.5, 2.0]
+
+    References:
+        Zhang, He, Sra and Jadbabaie, "Why gradient clipping accelerates training", 2019,
+        arXiv:1905.11881.
+    """
+    return clip_by(
+        thresholds.constant(max_norm, "smooth_clip(max_norm=...)"),
+        limiter=limiters.smooth,
+        axis_name=axis_name,
+        sharded=sharded,
+        nonfinite=nonfinite,
+        detail=detail,
+    )
+
+
+def measure_norms(
+    *,
+    scope: Scope = scopes.tree,
+    norm: Norm = norms.l2,
+    axis_name: Any = None,
+    sharded: Any = None,
+    nonfinite: Nonfinite = "propagate",
+    detail: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Measures the gradient and hands it on untouched.
+
+    Put one before and one after any transformation to see what it does to the norm.
+
+    Args:
+        scope: Which entries share a norm; see `clip_by`. Default: all of them.
+        norm: How a group is measured; see `clip_by`. Default: the 2-norm.
+        axis_name: See `clip_by`.
+        sharded: See `clip_by`.
+        nonfinite: See `clip_by`. "zero" is the one way in which this changes an update.
+        detail: See `clip_by`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `ClipState` whose threshold is infinite.
+        Cost: one pass over the gradient.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optclip
+        >>> optimizer = optax.chain(optclip.measure_norms(), optax.adam(1e-3))
+        >>> state = optimizer.init(jnp.zeros(2))
+        >>> _, state = optimizer.update(jnp.array([3.0, 4.0]), state)
+        >>> float(optclip.metrics(state)["clip/norm"])
+        5.0
+    """
+    return clip_by(
+        thresholds.constant(jnp.inf),
+        scope=scope,
+        norm=norm,
+        axis_name=axis_name,
+        sharded=sharded,
+        nonfinite=nonfinite,
+        detail=detail,
+    )

@@ -1,0 +1,325 @@
+"""Norms as monoids: what `clip_by` measures, right at every magnitude and on every device layout.
+
+A norm is a statistic that adds up. Each leaf is mapped to a statistic, statistics are combined
+across leaves and across devices, and only the total is finished into a norm::
+
+    l2     sum of |x|^2    added     psum    square root
+    linf   largest |x|     maximum   pmax    nothing
+    rms    sum of |x|^2    added     psum    square root of the mean
+    lp     sum of |x|^p    added     psum    p-th root
+
+Statistics are accumulated in float32, or in float64 for float64 leaves, whatever the type of the
+gradient. A sum of squares leaves float32's range long before the norm does (at entries of 1e19
+and of 1e-19), so a leaf can be measured at a `scale`: once plainly, and again at a power of two
+only where the first answer was out of range. `optclip.measuring` does that; nothing here sees a
+tree.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Axes = tuple[int, ...]
+Size = int | float | np.ndarray | jax.Array
+
+
+class Norm(NamedTuple):
+    """A norm, as the functions that measure one group of entries.
+
+    Attributes:
+        name: What messages call it.
+        degree: How the statistic grows: statistic(k x) = k^degree statistic(x).
+        statistic: (leaf, axes, scale) -> statistic of the scaled entries along `axes`, dimensions
+            kept, in the leaf's accumulator dtype. `scale` is None for 1.
+        combine: (statistics, axis) -> their total along `axis`; None for a norm that exists only
+            for a whole leaf and cannot be added up.
+        across: (statistic, axis names) -> total over the devices of a mesh.
+        finish: (statistic, number of entries) -> norm.
+        lift: (norm, number of entries) -> statistic; undoes `finish`.
+        adds: Whether combining adds, so that a copy on another device would count twice.
+        safety: How the statistic stays in range. "exact": it cannot leave it. "range": measured
+            plainly, and again with a power-of-two scale where that was out of range. "peak":
+            always measured relative to the largest entry.
+    """
+
+    name: str
+    degree: float
+    statistic: Callable[[jax.Array, Axes, jax.Array | None], jax.Array]
+    combine: Callable[..., jax.Array] | None
+    across: Callable[[jax.Array, tuple[str, ...]], jax.Array]
+    finish: Callable[[jax.Array, Size], jax.Array]
+    lift: Callable[[jax.Array, Size], jax.Array]
+    adds: bool = True
+    safety: Literal["exact", "range", "peak"] = "range"
+
+
+def accumulator(dtype: Any) -> np.dtype:
+    """The dtype a leaf is measured and rescaled in: float32, or float64 for 64-bit leaves."""
+    if dtype in (jnp.float64, jnp.complex128):
+        return jnp.dtype(jnp.float64)
+    return jnp.dtype(jnp.float32)
+
+
+def widened(x: jax.Array, dtype: np.dtype | None = None) -> jax.Array:
+    """`x` in its accumulator dtype, or the complex one of the same precision."""
+    dtype = accumulator(x.dtype) if dtype is None else dtype
+    if jnp.iscomplexobj(x):
+        return x.astype(jnp.complex128 if dtype == jnp.float64 else jnp.complex64)
+    return x.astype(dtype)
+
+
+def read(x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+    """A leaf as statistics read it: widened, and scaled.
+
+    The barrier keeps XLA from sharing this cast with that of the rescaling pass, which would write
+    a float32 copy of the whole gradient to memory. The scale goes through the same barrier, so that
+    leaves of one shape do not share its broadcast, which would be written out too.
+    """
+    if scale is None:
+        return widened(lax.optimization_barrier(x))
+    x, scale = lax.optimization_barrier((x, scale))
+    x = widened(x)
+    return x * scale.astype(x.dtype)
+
+
+def modulus(x: jax.Array) -> jax.Array:
+    """|x|, with derivative 0 at 0 for complex entries too (jnp.abs gives NaN there)."""
+    if not jnp.iscomplexobj(x):
+        return jnp.abs(x)
+    zero = x == 0
+    return jnp.where(zero, 0, jnp.abs(jnp.where(zero, jnp.ones_like(x), x)))
+
+
+def _root(statistic: jax.Array, power: float) -> jax.Array:
+    """statistic^(1/power), with derivative 0 at 0 so that a zero gradient has no NaN slope."""
+    zero = statistic == 0
+    inner = jnp.where(zero, jnp.ones_like(statistic), statistic)
+    root = jnp.sqrt(inner) if power == 2 else inner ** (1 / power)
+    return jnp.where(zero, jnp.zeros_like(statistic), root)
+
+
+def _sum(x: jax.Array, axes: Axes) -> jax.Array:
+    return jnp.sum(x, axis=axes, keepdims=True)
+
+
+def _sum_of_squares(x: jax.Array, axes: Axes, scale: jax.Array | None) -> jax.Array:
+    x = read(x, scale)
+    square = x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
+    return _sum(square, axes)
+
+
+def _sum_of_moduli(x: jax.Array, axes: Axes, scale: jax.Array | None) -> jax.Array:
+    return _sum(modulus(read(x, scale)), axes)
+
+
+def _sum_of_powers(x: jax.Array, axes: Axes, scale: jax.Array | None, *, power: float) -> jax.Array:
+    absolute = modulus(read(x, scale))
+    zero = absolute == 0
+    raised = jnp.where(zero, jnp.ones_like(absolute), absolute) ** power
+    return _sum(jnp.where(zero, jnp.zeros_like(absolute), raised), axes)
+
+
+def _largest(x: jax.Array, axes: Axes, scale: jax.Array | None) -> jax.Array:
+    peak = jnp.max(modulus(read(x, scale)), axis=axes, keepdims=True, initial=0)
+    # XLA's maximum of a large array on a CPU passes over NaN. A sum does not: 0 * x adds nothing
+    # where x is finite and NaN elsewhere. It reads the leaf a second time.
+    zero = read(x, jnp.zeros([], accumulator(x.dtype)))
+    return peak + _sum(zero.real if jnp.iscomplexobj(x) else zero, axes)
+
+
+def _mean(statistic: jax.Array, size: Size) -> jax.Array:
+    return statistic / jnp.maximum(jnp.asarray(size, statistic.dtype), 1)
+
+
+def _pmax(statistic: jax.Array, axis_names: tuple[str, ...]) -> jax.Array:
+    # A maximum over devices may drop a NaN; infinity is as non-finite, and survives.
+    return lax.pmax(jnp.where(jnp.isnan(statistic), jnp.inf, statistic), axis_names)
+
+
+l2 = Norm(
+    "l2",
+    degree=2,
+    statistic=_sum_of_squares,
+    combine=jnp.sum,
+    across=lax.psum,
+    finish=lambda statistic, size: _root(statistic, 2),
+    lift=lambda norm, size: norm * norm,
+)
+"""The Euclidean norm, sqrt(sum |x|^2)."""
+
+rms = Norm(
+    "rms",
+    degree=2,
+    statistic=_sum_of_squares,
+    combine=jnp.sum,
+    across=lax.psum,
+    finish=lambda statistic, size: _root(_mean(statistic, size), 2),
+    lift=lambda norm, size: norm * norm * jnp.asarray(size, norm.dtype),
+)
+"""The root mean square, sqrt(mean |x|^2)."""
+
+l1 = Norm(
+    "l1",
+    degree=1,
+    statistic=_sum_of_moduli,
+    combine=jnp.sum,
+    across=lax.psum,
+    finish=lambda statistic, size: statistic,
+    lift=lambda norm, size: norm,
+)
+"""The sum of absolute values."""
+
+linf = Norm(
+    "linf",
+    degree=1,
+    statistic=_largest,
+    combine=jnp.max,
+    across=_pmax,
+    finish=lambda statistic, size: statistic,
+    lift=lambda norm, size: norm,
+    adds=False,
+    safety="exact",
+)
+"""The largest absolute value. It reads the gradient twice: once for the maximum, once for NaN."""
+
+
+def lp(power: float) -> Norm:
+    """The p-norm, (sum |x|^p)^(1/p), for any p > 0.
+
+    Args:
+        power: p. 1, 2 and infinity return `l1`, `l2` and `linf`. Below 1 it is not a norm in the
+            mathematical sense, but it is a length, and can be clipped.
+
+    Returns:
+        A `Norm`. For p other than 1, 2 and infinity a measurement reads the gradient again, for
+        the powers relative to the largest entry.
+
+    Raises:
+        ValueError: If `power` is not a number above 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from optclip import norms
+        >>> cubic = norms.lp(3)
+        >>> float(cubic.finish(cubic.statistic(jnp.array([1.0, 2.0, 3.0]), (0,), None), 3)[0])
+        3.30...
+    """
+    if isinstance(power, jax.core.Tracer) or not isinstance(power, int | float | np.number):
+        raise ValueError(
+            f"the order of a norm shapes the program and must be a plain number, got {power!r}; "
+            'under optax.inject_hyperparams list it: static_args=("ord",)'
+        )
+    power = float(power)
+    if not power > 0:
+        raise ValueError(f"the order of a norm must be above 0, got {power}; use 1, 2 or jnp.inf")
+    named: dict[float, Norm] = {1.0: l1, 2.0: l2, math.inf: linf}
+    if power in named:
+        return named[power]
+    return Norm(
+        f"l{power:g}",
+        degree=power,
+        statistic=functools.partial(_sum_of_powers, power=power),
+        combine=jnp.sum,
+        across=lax.psum,
+        finish=lambda statistic, size: _root(statistic, power),
+        lift=lambda norm, size: norm**power,
+        safety="peak",
+    )
+
+
+class Magnitude(NamedTuple):
+    """A norm that cannot overflow: value / scale, with scale 1 in the usual case.
+
+    Attributes:
+        value: The norm of the scaled entries. Non-finite if and only if an entry is.
+        scale: What the entries were multiplied by before they were measured.
+    """
+
+    value: jax.Array
+    scale: jax.Array
+
+    def saturated(self) -> jax.Array:
+        """The norm as one number, held to the largest finite one where it would overflow.
+
+        A gradient of finite entries is finite, even when its norm is not a float32; only a
+        gradient with a non-finite entry has a non-finite norm.
+        """
+        norm = self.value / self.scale
+        return jnp.where(jnp.isfinite(self.value), jnp.minimum(norm, largest(norm.dtype)), norm)
+
+
+class _Range(NamedTuple):
+    """Where a plain statistic is trusted, and how to bring it there, for one dtype.
+
+    Attributes:
+        high: Above this a statistic is measured again; the room above it is for adding up.
+        lost: Below this, times the number of entries, squares that were flushed to zero could
+            have mattered.
+        shrink: Scale for what was too large: the largest entries square to about 1e28.
+        grow: Scale for what was too small: the smallest normal entries square to about 1e-22.
+    """
+
+    high: float
+    lost: float
+    shrink: float
+    grow: float
+
+
+_RANGES = {
+    jnp.dtype(jnp.float32): _Range(high=1e30, lost=2.0**-106, shrink=2.0**-80, grow=2.0**90),
+    jnp.dtype(jnp.float64): _Range(high=1e290, lost=2.0**-970, shrink=2.0**-600, grow=2.0**600),
+}
+
+
+def largest(dtype: Any) -> float:
+    """The largest finite number of `dtype`."""
+    return float(jnp.finfo(dtype).max)
+
+
+def can_leave_range(dtype: Any) -> bool:
+    """Whether squares of `dtype` can leave their accumulator's range; 8- and 16-bit floats' cannot.
+
+    The exception among the narrow ones is bfloat16, which has float32's exponents.
+    """
+    info = jnp.finfo(dtype)
+    limits = _RANGES[accumulator(dtype)]
+    return float(info.max) ** 2 * 1e12 > limits.high or float(info.tiny) ** 2 < limits.lost
+
+
+def range_scale(norm: Norm, statistic: jax.Array, size: Size) -> jax.Array:
+    """The scale to measure again with: 1 where `statistic`, measured at scale 1, can be trusted.
+
+    A statistic of exactly 0 is measured again too: zeros and squares that were flushed to zero
+    look alike.
+    """
+    limits = _RANGES[jnp.dtype(statistic.dtype)]
+    one = jnp.ones_like(statistic)
+    scale = jnp.where(statistic > limits.high, limits.shrink * one, one)
+    if norm.degree > 1:
+        low = jnp.asarray(size, statistic.dtype) * limits.lost
+        scale = jnp.where(statistic < low, limits.grow * one, scale)
+    return scale
+
+
+def peak_scale(peak: jax.Array) -> jax.Array:
+    """The scale that brings the largest entry, `peak`, to about 1."""
+    tiny = jnp.asarray(jnp.finfo(peak.dtype).tiny, peak.dtype)
+    usable = (peak > 0) & jnp.isfinite(peak)
+    # 1/peak is itself subnormal, and flushed, at the top of the range.
+    return jnp.where(usable, jnp.maximum(1 / jnp.where(usable, peak, 1), tiny), 1)
+
+
+def pool(norm: Norm, norms: jax.Array, sizes: Size) -> Magnitude:
+    """The norm of several groups together, from their norms: the norm of a vector of norms."""
+    # A maximum may pass over NaN; infinity is as non-finite, and does not get lost.
+    peak = jnp.max(jnp.where(jnp.isfinite(norms), norms, jnp.inf), initial=0)
+    scale = peak_scale(peak)
+    combine = norm.combine or jnp.max
+    total = combine(norm.lift(norms * scale, sizes))
+    return Magnitude(norm.finish(total, np.sum(np.asarray(sizes))), scale)

@@ -1,0 +1,168 @@
+"""Scopes: which entries share a norm.
+
+A scope says which axes of a leaf one group spans and which leaves share a group::
+
+    tree            the whole tree is one group
+    leaf            a group per leaf
+    group(labels)   a group per label
+    unit(axes)      groups within a leaf: for most layers, the weights into one output
+    element         every entry is its own group
+
+`optclip.measuring` looks at a tree with a scope, and walks it.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from optclip.norms import Axes
+
+Label = Hashable
+
+
+class Scope(NamedTuple):
+    """Which entries share a norm.
+
+    Attributes:
+        name: What messages call it.
+        axes: (path, shape) -> the axes of a leaf that one group spans; None leaves the leaf alone.
+        labels: (tree) -> a label for each leaf, in order; leaves of equal label share a group, and
+            None leaves a leaf alone. The function itself is None where groups stay within leaves.
+        order: The labels in the order of their groups; None for the order of appearance.
+        one_group: Whether there is one norm, a scalar, however many leaves there are (also none).
+        per_entry: Whether entries are limited one by one, by the one threshold.
+    """
+
+    name: str
+    axes: Callable[[str, tuple[int, ...]], Axes | int | None]
+    labels: Callable[[Any], Sequence[Label | None]] | None = None
+    order: tuple[Label, ...] | None = None
+    one_group: bool = False
+    per_entry: bool = False
+
+
+def _whole(path: str, shape: tuple[int, ...]) -> Axes:
+    return tuple(range(len(shape)))
+
+
+def _same(updates: Any) -> list[Label]:
+    return ["all"] * len(jax.tree.leaves(updates))
+
+
+tree = Scope("tree", _whole, labels=_same, one_group=True)
+"""The whole tree shares one norm: the global norm."""
+
+leaf = Scope("leaf", _whole)
+"""Every leaf has a norm of its own."""
+
+element = Scope("element", _whole, labels=_same, one_group=True, per_entry=True)
+"""Every entry is its own group. The norm reported, and shown to the rule, is the largest |x|."""
+
+
+def group(labels: Any, order: Sequence[Label] | None = None) -> Scope:
+    """The leaves of one label share a norm.
+
+    Args:
+        labels: A tree of labels (the updates' structure, or a prefix of it), or a function from a
+            leaf's path ("block_0/attention/kernel") to its label. Label None leaves a leaf alone.
+        order: The labels in the order in which a rule expects their norms; None for the order in
+            which they appear.
+
+    Returns:
+        A `Scope`.
+
+    Raises:
+        ValueError: When it meets a tree, if a label is not in `order`.
+
+    Example:
+        >>> from optclip import scopes
+        >>> by_block = scopes.group(lambda path: path.split("/")[0])
+    """
+
+    def labels_of(updates: Any) -> list[Label | None]:
+        answers = answer_per_leaf(labels, updates, "labels")
+        for (path, _), label in zip(leaves_with_paths(updates), answers, strict=True):
+            if order is not None and label is not None and label not in order:
+                raise ValueError(
+                    f"{path!r} has label {label!r}, which has no max_norm; those with one are "
+                    f"{list(order)}; label it None to leave it alone"
+                )
+        return answers
+
+    return Scope("group", _whole, labels_of, None if order is None else tuple(order))
+
+
+def unit(axes: Any = None) -> Scope:
+    """Every unit of a leaf has a norm of its own: the weights into one output, for most layers.
+
+    Args:
+        axes: The axes that one unit spans: an int or a tuple for every leaf, or a function
+            (path, shape) -> axes, which may answer None to leave a leaf alone. None takes Flax's
+            and Optax's layout, `fan_in_axes`.
+
+    Returns:
+        A `Scope`.
+
+    Example:
+        Embedding tables by row, stacked layers by layer and output, the rest as usual:
+
+        >>> from optclip import scopes
+        >>> def axes(path, shape):
+        ...     if path.endswith("embedding"):
+        ...         return (1,)
+        ...     if path.startswith("layers/"):
+        ...         return tuple(range(1, len(shape) - 1))
+        ...     return scopes.fan_in_axes(path, shape)
+        >>> by_unit = scopes.unit(axes)
+    """
+    if axes is None:
+        return Scope("unit", fan_in_axes)
+    if callable(axes):
+        return Scope("unit", axes)
+    fixed = (axes,) if isinstance(axes, int) else tuple(axes)
+    return Scope("unit", lambda path, shape: fixed)
+
+
+def fan_in_axes(path: str, shape: tuple[int, ...]) -> Axes:
+    """The axes of one unit where nothing else is said: Optax's, extended to any rank.
+
+    In Flax's layout the last axis counts the outputs.
+
+    Args:
+        path: Where the leaf is; not looked at.
+        shape: The leaf's shape.
+
+    Returns:
+        All axes of a vector or scalar (also one with axes of length 1), axis 0 of a matrix or of
+        rank 3, all but the last from rank 4 on.
+
+    Example:
+        >>> fan_in_axes("conv/kernel", (3, 3, 16, 32))
+        (0, 1, 2)
+    """
+    rank = len(shape)
+    if sum(length > 1 for length in shape) <= 1:
+        return tuple(range(rank))
+    return (0,) if rank <= 3 else tuple(range(rank - 1))
+
+
+def leaves_with_paths(updates: Any) -> list[tuple[str, Any]]:
+    """The leaves with their paths ("block_0/attention/kernel"), in order."""
+    found, _ = jax.tree_util.tree_flatten_with_path(updates)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in found]
+
+
+def answer_per_leaf(question: Any, updates: Any, name: str) -> list[Any]:
+    """One answer per leaf, from a function of the path or from a (prefix) tree of answers."""
+    if callable(question):
+        return [question(path) for path, _ in leaves_with_paths(updates)]
+    is_answer = lambda x: x is None or isinstance(x, jax.sharding.PartitionSpec)  # noqa: E731
+    try:
+        spread = jax.tree.broadcast(question, updates, is_leaf=is_answer)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}= must be a function from path to answer, or a tree whose structure is that of "
+            f"the updates or a prefix of it: {error}"
+        ) from None
+    return jax.tree.leaves(spread, is_leaf=is_answer)
