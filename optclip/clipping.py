@@ -151,7 +151,7 @@ def clip_by(
         if detail:
             shape = look(params, scopes.leaf if scope.one_group else scope).shape
             groups = Detail(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-        return ClipState(
+        state = ClipState(
             count=jnp.zeros([], jnp.int32),
             nonfinite_steps=jnp.zeros([], jnp.int32),
             norm=jnp.zeros([], dtype),
@@ -163,9 +163,12 @@ def clip_by(
             memory=memory,
             detail=groups,
         )
+        # Where the parameters lie on a mesh, so does the state: one compilation, not two.
+        mesh_wide = measuring.whole_on_devices_of(params)
+        return state if mesh_wide is None else jax.device_put(state, mesh_wide)
 
     def update(
-        updates: Any, state: ClipState | None, params: Any = None, **extra_args: Any
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, ClipState]:
         del extra_args
         if rule.needs_params and params is None:
@@ -210,10 +213,8 @@ def clip_by(
                 lambda new, old: jnp.where(finite, new, old), memory, state.memory
             )
         readings = ClipState(
-            count=optax.safe_increment(state.count),
-            nonfinite_steps=jnp.where(
-                finite, state.nonfinite_steps, optax.safe_increment(state.nonfinite_steps)
-            ),
+            count=_next(state.count),
+            nonfinite_steps=jnp.where(finite, state.nonfinite_steps, _next(state.nonfinite_steps)),
             norm=_together(norm, plan, group_norms),
             clipped_norm=_together(norm, plan, clipped_norms),
             threshold=jnp.min(threshold, initial=jnp.inf),
@@ -303,6 +304,10 @@ def _detail(
         group_norms > 0, clipped_norms / jnp.where(group_norms > 0, group_norms, 1), 1
     )
     return Detail(leaf_norms, leaf_norms * shrink)
+
+
+def _next(count: jax.Array) -> jax.Array:
+    return jnp.asarray(optax.safe_increment(count))
 
 
 def _typed_as(old: _Tree, new: _Tree) -> _Tree:

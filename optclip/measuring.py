@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optclip import devices, norms
@@ -77,6 +78,18 @@ def tree_dtype(updates: Any) -> np.dtype:
     floating = [jnp.result_type(x) for x in jax.tree.leaves(updates) if is_floating(x)]
     wide = any(norms.accumulator(dtype) == jnp.float64 for dtype in floating)
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def whole_on_devices_of(tree: Any) -> NamedSharding | None:
+    """The sharding of a small array that lies whole on every device of the tree's mesh.
+
+    None where the tree is traced, or lies on no mesh.
+    """
+    for x in jax.tree.leaves(tree):
+        sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
+        if isinstance(sharding, NamedSharding):
+            return NamedSharding(sharding.mesh, PartitionSpec())
+    return None
 
 
 def plan(scope: Scope, updates: Any, axis_name: Any = None, sharded: Any = None) -> Plan:
@@ -264,8 +277,7 @@ def rescale(plan: Plan, updates: Any, factor: Factor) -> Any:
         coarse, fine = (_own(plan, member, part) for part in factor)
         # One barrier for leaf and factors: leaves of one shape do not share a broadcast factor.
         x, coarse, fine = lax.optimization_barrier((x, coarse, fine))
-        dtype = norms.accumulator(x.dtype)
-        return norms.widened(x) * coarse.astype(dtype) * fine.astype(dtype)
+        return norms.scaled(norms.scaled(norms.widened(x), coarse), fine)
 
     return _mapped(plan, updates, scaled)
 
@@ -278,7 +290,7 @@ def clamp(plan: Plan, updates: Any, limiter: Limiter, threshold: jax.Array) -> A
         wide, bound = norms.widened(x), bound.astype(norms.accumulator(x.dtype))
         if limiter.entry is not None and not jnp.iscomplexobj(x):
             return limiter.entry(wide, bound)
-        return wide * limiter.factor(norms.modulus(wide), bound)
+        return norms.scaled(wide, limiter.factor(norms.modulus(wide), bound))
 
     return _mapped(plan, updates, clamped)
 

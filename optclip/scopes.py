@@ -19,6 +19,8 @@ import jax
 from optclip.norms import Axes
 
 Label = Hashable
+AxesOf = Callable[[str, tuple[int, ...]], Axes | int | None]
+UnitAxes = int | Axes | AxesOf | None
 
 
 class Scope(NamedTuple):
@@ -35,7 +37,7 @@ class Scope(NamedTuple):
     """
 
     name: str
-    axes: Callable[[str, tuple[int, ...]], Axes | int | None]
+    axes: AxesOf
     labels: Callable[[Any], Sequence[Label | None]] | None = None
     order: tuple[Label, ...] | None = None
     one_group: bool = False
@@ -93,7 +95,7 @@ def group(labels: Any, order: Sequence[Label] | None = None) -> Scope:
     return Scope("group", _whole, labels_of, None if order is None else tuple(order))
 
 
-def unit(axes: Any = None) -> Scope:
+def unit(axes: UnitAxes = None) -> Scope:
     """Every unit of a leaf has a norm of its own: the weights into one output, for most layers.
 
     Args:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 Memory = Any
 
@@ -72,7 +73,7 @@ def _forgetful(threshold: Callable[..., jax.Array], *, needs_params: bool = Fals
 
 def is_concrete(value: Any) -> bool:
     """Whether `value` can be looked at now: not traced, not a schedule."""
-    return not isinstance(value, jax.core.Tracer) and not callable(value)
+    return not isinstance(value, Tracer) and not callable(value)
 
 
 def check_number(
