@@ -10,35 +10,52 @@ runs these four steps; a named method is a composition of `norms`, `scopes`, `th
 """
 
 from optclip import limiters, norms, scopes, thresholds
-from optclip.clipping import ClipState, clip_by
+from optclip.clipping import clip_by
 from optclip.methods import (
+    adagc,
     adaptive_grad_clip,
+    autoclip,
     clip_by_block_rms,
     clip_by_global_norm,
     clip_by_group_norm,
     clip_by_leaf_norm,
+    clip_by_moving_average,
+    clip_by_param_norm,
+    clip_by_quantile,
     clip_by_value,
+    clip_by_window,
     measure_norms,
+    robust_clip,
     smooth_clip,
+    zclip,
 )
 from optclip.readings import metrics
+from optclip.state import ClipState
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ClipState",
+    "adagc",
     "adaptive_grad_clip",
+    "autoclip",
     "clip_by",
     "clip_by_block_rms",
     "clip_by_global_norm",
     "clip_by_group_norm",
     "clip_by_leaf_norm",
+    "clip_by_moving_average",
+    "clip_by_param_norm",
+    "clip_by_quantile",
     "clip_by_value",
+    "clip_by_window",
     "limiters",
     "measure_norms",
     "metrics",
     "norms",
+    "robust_clip",
     "scopes",
     "smooth_clip",
     "thresholds",
+    "zclip",
 ]

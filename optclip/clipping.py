@@ -1,6 +1,6 @@
 """`clip_by`: measure, threshold, limit, observe, as one Optax transformation."""
 
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,58 +11,19 @@ from optclip.limiters import Factor, Limiter
 from optclip.measuring import Plan
 from optclip.norms import Magnitude, Norm
 from optclip.scopes import Scope
-from optclip.thresholds import Memory, ParameterNorms, Rule, Step
+from optclip.state import (
+    ClipState,
+    Detail,
+    Outcome,
+    advanced,
+    fresh,
+    kept_unless,
+    step_of,
+)
+from optclip.thresholds import ParameterNorms, Rule
+from optclip.thresholds.rules import Memory
 
 Nonfinite = Literal["propagate", "zero"]
-RECENT_STEPS = 128
-"""Over how many steps `ClipState.recent_clip_rate` looks back."""
-
-_Tree = TypeVar("_Tree")
-
-
-class Detail(NamedTuple):
-    """Readings of single groups, where `detail=True` asked for them.
-
-    Attributes:
-        norms: Norm of each group before clipping, of each leaf where the scope is the whole tree;
-            shape (groups,).
-        clipped_norms: The same after clipping.
-    """
-
-    norms: jax.Array
-    clipped_norms: jax.Array
-
-
-class ClipState(NamedTuple):
-    """What a clip remembers, and what it read at the last step. All but two are scalars.
-
-    The floats are float32, or float64 where a parameter is 64-bit.
-
-    Attributes:
-        count: Updates so far; int32. Schedules are called with it.
-        nonfinite_steps: Updates so far whose gradient had a non-finite entry; int32.
-        norm: Norm before clipping. Of several groups: the norm of all together. Of single
-            entries: the largest.
-        clipped_norm: Norm after clipping.
-        threshold: The threshold. Of several groups: the smallest.
-        factor: What the gradient was multiplied by. Of several groups: the smallest factor.
-        clip_rate: Share of the finite steps so far whose norm was above the threshold; of several
-            groups, the mean share of them.
-        recent_clip_rate: The same as an average that looks back over about 128 steps.
-        memory: What the threshold rule remembers; () if nothing.
-        detail: A `Detail`, or () where it was not asked for.
-    """
-
-    count: jax.Array
-    nonfinite_steps: jax.Array
-    norm: jax.Array
-    clipped_norm: jax.Array
-    threshold: jax.Array
-    factor: jax.Array
-    clip_rate: jax.Array
-    recent_clip_rate: jax.Array
-    memory: Memory = ()
-    detail: Detail | tuple[()] = ()
 
 
 def clip_by(
@@ -151,21 +112,7 @@ def clip_by(
         if detail:
             shape = look(params, scopes.leaf if scope.one_group else scope).shape
             groups = Detail(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-        state = ClipState(
-            count=jnp.zeros([], jnp.int32),
-            nonfinite_steps=jnp.zeros([], jnp.int32),
-            norm=jnp.zeros([], dtype),
-            clipped_norm=jnp.zeros([], dtype),
-            threshold=jnp.full([], jnp.inf, dtype),
-            factor=jnp.ones([], dtype),
-            clip_rate=jnp.zeros([], dtype),
-            recent_clip_rate=jnp.zeros([], dtype),
-            memory=memory,
-            detail=groups,
-        )
-        # Where the parameters lie on a mesh, so does the state: one compilation, not two.
-        mesh_wide = measuring.whole_on_devices_of(params)
-        return state if mesh_wide is None else jax.device_put(state, mesh_wide)
+        return fresh(params, memory, groups)
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -181,7 +128,7 @@ def clip_by(
                 )
             state = init(updates)
         plan = look(updates)
-        step = Step(state.count, state.count - state.nonfinite_steps)
+        step = step_of(state)
         with jax.named_scope("optclip/measure"):
             magnitude, leaf_norms = measure(plan, updates)
             group_norms = magnitude.saturated()
@@ -189,9 +136,10 @@ def clip_by(
             reference = None
             if rule.needs_params:
                 measured = measuring.measure(plan, norm, params).saturated()
-                reference = ParameterNorms(measured, plan.sizes)
+                reference = ParameterNorms(_as_kept(measured, state), plan.sizes)
         with jax.named_scope("optclip/threshold"):
-            threshold = rule.threshold(state.memory, step, group_norms, reference)
+            shown = _as_kept(group_norms, state)
+            threshold = rule.threshold(state.memory, step, shown, reference)
             threshold = jnp.broadcast_to(threshold.astype(plan.dtype), plan.shape)
         with jax.named_scope("optclip/limit"):
             # A step with a non-finite entry is handed on as it is, in every group.
@@ -208,25 +156,19 @@ def clip_by(
                 factor = Factor(factor.coarse, jnp.where(finite, factor.fine, 0))
         clipped_norms = group_norms * factor.coarse * factor.fine
         with jax.named_scope("optclip/observe"):
-            memory = rule.observe(state.memory, step, group_norms, clipped_norms)
-            memory = jax.tree.map(
-                lambda new, old: jnp.where(finite, new, old), memory, state.memory
-            )
-        readings = ClipState(
-            count=_next(state.count),
-            nonfinite_steps=jnp.where(finite, state.nonfinite_steps, _next(state.nonfinite_steps)),
+            memory = rule.observe(state.memory, step, shown, _as_kept(clipped_norms, state))
+            # Neither a non-finite step nor, in its group, a norm of 0 is learned from.
+            memory = kept_unless(finite & (group_norms > 0), memory, state.memory)
+        outcome = Outcome(
+            finite=finite,
             norm=_together(norm, plan, group_norms),
             clipped_norm=_together(norm, plan, clipped_norms),
             threshold=jnp.min(threshold, initial=jnp.inf),
             factor=jnp.min(factor.product(), initial=1),
-            clip_rate=_averaged(state.clip_rate, share, step, finite, 0.0),
-            recent_clip_rate=_averaged(
-                state.recent_clip_rate, share, step, finite, 1 / RECENT_STEPS
-            ),
-            memory=memory,
-            detail=_detail(group_norms, clipped_norms, leaf_norms) if detail else (),
+            share=share,
         )
-        return updates, _typed_as(state, readings)
+        groups = _detail(group_norms, clipped_norms, leaf_norms) if detail else ()
+        return updates, advanced(state, outcome, memory, groups)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -263,6 +205,12 @@ def _check(rule: Rule, scope: Any, norm: Any, limiter: Any, nonfinite: Any) -> N
         )
 
 
+def _as_kept(x: jax.Array, state: ClipState) -> jax.Array:
+    """Norms in the dtype of the state: gradients may be wider than its parameters were."""
+    dtype = state.norm.dtype
+    return x if x.dtype == dtype else jnp.minimum(x, norms.largest(dtype)).astype(dtype)
+
+
 def _share_of_groups(group_norms: jax.Array, threshold: jax.Array) -> jax.Array:
     if not group_norms.size:
         return jnp.zeros([], group_norms.dtype)
@@ -286,14 +234,6 @@ def _together(norm: Norm, plan: Plan, group_norms: jax.Array) -> jax.Array:
     return norms.pool(norm, group_norms, plan.sizes).saturated()
 
 
-def _averaged(
-    rate: jax.Array, share: jax.Array, step: Step, finite: jax.Array, floor: float
-) -> jax.Array:
-    """A running mean over the finite steps; with a floor under its weight, of the recent ones."""
-    weight = jnp.maximum(1 / (step.finite + 1).astype(rate.dtype), floor)
-    return rate + jnp.where(finite, (share.astype(rate.dtype) - rate) * weight, 0)
-
-
 def _detail(
     group_norms: jax.Array, clipped_norms: jax.Array, leaf_norms: jax.Array | None
 ) -> Detail:
@@ -304,11 +244,3 @@ def _detail(
         group_norms > 0, clipped_norms / jnp.where(group_norms > 0, group_norms, 1), 1
     )
     return Detail(leaf_norms, leaf_norms * shrink)
-
-
-def _next(count: jax.Array) -> jax.Array:
-    return jnp.asarray(optax.safe_increment(count))
-
-
-def _typed_as(old: _Tree, new: _Tree) -> _Tree:
-    return jax.tree.map(lambda to, x: x.astype(to.dtype), old, new)

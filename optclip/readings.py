@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from optclip.clipping import ClipState
+from optclip.state import ClipState
 
 _READINGS = (
     "norm",

@@ -1,4 +1,4 @@
-"""The named methods: each a composition of a few lines, with its formula, defaults and source."""
+"""Clips by a fixed or scheduled threshold."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -279,76 +279,6 @@ def clip_by_block_rms(
         thresholds.constant(threshold, "clip_by_block_rms(threshold=...)"),
         scope=scopes.leaf,
         norm=norms.rms,
-        axis_name=axis_name,
-        sharded=sharded,
-        nonfinite=nonfinite,
-        detail=detail,
-    )
-
-
-def adaptive_grad_clip(
-    clipping: Any,
-    eps: Any = 1e-3,
-    axis: Any = None,
-    *,
-    axis_name: Any = None,
-    sharded: Any = None,
-    nonfinite: Nonfinite = "propagate",
-    detail: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Bounds the gradient of every unit relative to the unit's weights (AGC).
-
-    .. math:: u_i \leftarrow u_i \, \min\left(1,
-        \lambda \max(\|w_i\|, \epsilon) / \|u_i\|\right) \quad \text{for each unit } i
-
-    A unit is the weights into one output. A drop-in for `optax.adaptive_grad_clip`, whose axes
-    fit dense layers and convolutions; for embeddings, stacked layers, attention and
-    mixture-of-experts kernels let `axis` be a function. The paper leaves the last layer unclipped:
-    answer None for it.
-
-    Args:
-        clipping: lambda, the largest ratio of the gradient's norm to the weights'; a number,
-            traced scalar or Optax schedule. The paper uses 0.01 at batch size 4096 and larger
-            values at smaller ones.
-        eps: Smallest norm of weights reckoned with, so that weights that start at zero can move;
-            the paper's default.
-        axis: The axes that one unit spans: an int or tuple for every leaf, or a function
-            (path, shape) -> axes, which may answer None to leave a leaf alone. None: see
-            `optclip.scopes.fan_in_axes`.
-        axis_name: See `clip_by`.
-        sharded: See `clip_by`.
-        nonfinite: See `clip_by`.
-        detail: See `clip_by`.
-
-    Returns:
-        An `optax.GradientTransformationExtraArgs` with a `ClipState`; `clip_rate` reads the share
-        of units clipped. Cost: one pass over the gradient and one over the parameters; another one
-        over those of the two in which a unit is all zero.
-
-    Raises:
-        ValueError: If `clipping` or `eps` is concrete and negative or NaN, if an axis does not
-            exist, or if `update` gets no `params`.
-
-    Example:
-        >>> import jax.numpy as jnp, optclip
-        >>> def axis(path, shape):
-        ...     if path.startswith("head"):
-        ...         return None
-        ...     return (1,) if "embedding" in path else optclip.scopes.fan_in_axes(path, shape)
-        >>> clip = optclip.adaptive_grad_clip(0.01, axis=axis)
-        >>> params = {"dense": jnp.array([[3.0], [4.0]]), "head": jnp.ones((2, 2))}
-        >>> grads = {"dense": jnp.array([[0.0], [1.0]]), "head": jnp.ones((2, 2))}
-        >>> updates, _ = clip.update(grads, clip.init(params), params)
-        >>> round(float(updates["dense"][1, 0]), 6), float(updates["head"][0, 0])
-        (0.05, 1.0)
-
-    References:
-        Brock, De, Smith and Simonyan, "High-performance large-scale image recognition without
-        normalization", 2021, arXiv:2102.06171.
-    """
-    return clip_by(
-        thresholds.relative_to_params(clipping, eps, "adaptive_grad_clip"),
-        scope=scopes.unit(axis),
         axis_name=axis_name,
         sharded=sharded,
         nonfinite=nonfinite,

@@ -1,0 +1,40 @@
+"""The named methods: each a composition of a few lines, with its formula, defaults and source."""
+
+from optclip.methods.adaptive import (
+    adagc,
+    autoclip,
+    clip_by_moving_average,
+    clip_by_quantile,
+    clip_by_window,
+    robust_clip,
+    zclip,
+)
+from optclip.methods.fixed import (
+    clip_by_block_rms,
+    clip_by_global_norm,
+    clip_by_group_norm,
+    clip_by_leaf_norm,
+    clip_by_value,
+    measure_norms,
+    smooth_clip,
+)
+from optclip.methods.relative import adaptive_grad_clip, clip_by_param_norm
+
+__all__ = [
+    "adagc",
+    "adaptive_grad_clip",
+    "autoclip",
+    "clip_by_block_rms",
+    "clip_by_global_norm",
+    "clip_by_group_norm",
+    "clip_by_leaf_norm",
+    "clip_by_moving_average",
+    "clip_by_param_norm",
+    "clip_by_quantile",
+    "clip_by_value",
+    "clip_by_window",
+    "measure_norms",
+    "robust_clip",
+    "smooth_clip",
+    "zclip",
+]

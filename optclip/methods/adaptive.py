@@ -1,0 +1,430 @@
+"""Clips whose threshold is learned from the norms of the run."""
+
+from typing import Any
+
+import optax
+
+from optclip import scopes, thresholds
+from optclip.clipping import Nonfinite, clip_by
+from optclip.thresholds.history import LearnFrom, ZVariant
+
+
+def autoclip(
+    percentile: Any = 10.0,
+    window: int = 1024,
+    *,
+    learn_from: LearnFrom = "raw",
+    patience: Any = None,
+    axis_name: Any = None,
+    sharded: Any = None,
+    nonfinite: Nonfinite = "propagate",
+    detail: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips the whole gradient to a percentile of the norms seen lately (AutoClip).
+
+    .. math:: u \leftarrow u \, \min(1, c / \|u\|), \quad
+        c = \mathrm{percentile}_p(\|u_1\|, \dots, \|u_t\|)
+
+    This step's norm is counted before it is clipped, as it came. The paper keeps every norm of the
+    run; here the last `window` are kept, so that memory does not grow and the threshold follows a
+    drift.
+
+    Args:
+        percentile: p, in [0, 100]; the paper recommends 10, which clips nine steps in ten. With
+            plain SGD that is a smaller learning rate too.
+        window: How many norms to look at; a plain number. The paper's is unbounded.
+        learn_from: "raw", the paper's: the norm as it came.
+        patience: After so many clips in a row learn from raw norms; None, the paper's: never. Of
+            use only where it does not learn from raw norms.
+        axis_name: See `clip_by`.
+        sharded: See `clip_by`.
+        nonfinite: See `clip_by`.
+        detail: See `clip_by`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `ClipState`. State: `window` floats and
+        a count. Cost: one pass over the gradient, and a sort of `window` numbers.
+
+    Raises:
+        ValueError: If `percentile` is concrete and not in [0, 100], or `window` is no whole number.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optclip
+        >>> optimizer = optax.chain(optclip.autoclip(), optax.adam(1e-3))
+        >>> state = optimizer.init(jnp.zeros(2))
+        >>> _, state = optimizer.update(jnp.array([3.0, 4.0]), state)
+        >>> float(optclip.metrics(state)["clip/threshold"])
+        5.0
+
+    References:
+        Seetharaman, Wichern, Pardo and Le Roux, "AutoClip: adaptive gradient clipping for source
+        separation networks", 2020, arXiv:2007.14469.
+    """
+    return clip_by(
+        thresholds.quantile_over_window(percentile, window, learn_from, patience, "autoclip"),
+        axis_name=axis_name,
+        sharded=sharded,
+        nonfinite=nonfinite,
+        detail=detail,
+    )
+
+
+def clip_by_quantile(
+    quantile: Any = 0.9,
+    step_size: Any = 0.2,
+    init: Any = None,
+    *,
+    axis_name: Any = None,
+    sharded: Any = None,
+    nonfinite: Nonfinite = "propagate",
+    detail: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips to a quantile of the norms that is tracked with one number.
+
+    .. math:: u \leftarrow u \, \min(1, c / \|u\|), \quad
+        c \leftarrow c \, e^{-\eta (\mathbf{1}[\|u\| \le c] - q)}
+
+    The threshold falls a little at a norm below it and rises at one above, so that a share q of the
+    norms lies below. The rule of differentially private federated learning, with the norm of the
+    batch in place of the share of users, and without noise. It learns only whether a norm was above
+    the threshold, so one spike moves it no more than any other norm.
+
+    Args:
+        quantile: q, in [0, 1]: 0.9 clips one step in ten. The paper tracks the median of users.
+        step_size: eta, how far log c moves at the most in a step; the paper's 0.2.
+        init: The first threshold, in units of the gradient's norm; None for the first norm.
+        axis_name: See `clip_by`.
+        sharded: See `clip_by`.
+        nonfinite: See `clip_by`.
+        detail: See `clip_by`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `ClipState`. State: one float. Cost: one
+        pass over the gradient.
+
+    Raises:
+        ValueError: If a concrete argument is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optclip
+        >>> optimizer = optax.chain(optclip.clip_by_quantile(0.95), optax.sgd(0.1))
+        >>> state = optimizer.init(jnp.zeros(2))
+        >>> _, state = optimizer.update(jnp.array([3.0, 4.0]), state)
+        >>> float(optclip.metrics(state)["clip/factor"])
+        1.0
+
+    References:
+        Andrew, Thakkar, McMahan and Ramaswamy, "Differentially private learning with adaptive
+        clipping", 2019, arXiv:1905.03871.
+    """
+    return clip_by(
+        thresholds.online_quantile(quantile, step_size, init, "clip_by_quantile"),
+        axis_name=axis_name,
+        sharded=sharded,
+        nonfinite=nonfinite,
+        detail=detail,
+    )
+
+
+def zclip(
+    z_threshold: Any = 2.5,
+    decay: Any = 0.97,
+    warmup_steps: Any = 25,
+    variant: ZVariant = "reciprocal",
+    *,
+    learn_from: LearnFrom = "clipped",
+    patience: Any = None,
+    axis_name: Any = None,
+    sharded: Any = None,
+    nonfinite: Nonfinite = "propagate",
+    detail: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips norms that are outliers by their z-score (ZClip).
+
+    .. math:: z = (n - \mu) / (\sigma + 10^{-6}), \quad
+        n^* = \mu + (z_t^2 / z) \, \sigma \text{ where } z > z_t, \quad u \leftarrow u \, n^* / n
+
+    with mean and variance as exponential moving averages of the norms as they were clipped, the
+    variance about the new mean, and after a warm-up in which nothing is clipped. The larger a
+    spike, the closer to the mean it is brought.
+
+    Args:
+        z_threshold: z_t, deviations above the mean; the paper's 2.5.
+        decay: Share of mean and variance that a step keeps, in [0, 1); the paper's 0.97.
+        warmup_steps: Norms from which mean and variance start; the paper's 25.
+        variant: What an outlier is brought to: "reciprocal" (the paper's choice), "mean", or "max"
+            for mean + z_t deviations.
+        learn_from: "clipped", the paper's; "winsorised" holds norms to mean + z_t deviations.
+        patience: After so many clips in a row learn from raw norms; None, the paper's: never.
+        axis_name: See `clip_by`.
+        sharded: See `clip_by`.
+        nonfinite: See `clip_by`.
+        detail: See `clip_by`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `ClipState`. State: three numbers. Cost:
+        one pass over the gradient.
+
+    Raises:
+        ValueError: If a concrete argument is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optclip
+        >>> optimizer = optax.chain(optclip.zclip(), optax.adamw(1e-3))
+        >>> state = optimizer.init(jnp.zeros(2))
+        >>> _, state = optimizer.update(jnp.array([3.0, 4.0]), state, jnp.zeros(2))
+        >>> float(optclip.metrics(state)["clip/threshold"])  # warming up
+        inf
+
+    References:
+        Kumar, Owen, Chowdhury and Gura, "ZClip: adaptive spike mitigation for LLM pre-training",
+        2025, arXiv:2504.02507. The released code adds a fixed clip at 1.0 by default; this follows
+        the paper: put `clip_by_global_norm` after it for that.
+    """
+    return clip_by(
+        thresholds.zscore(z_threshold, decay, warmup_steps, variant, learn_from, patience, "zclip"),
+        axis_name=axis_name,
+        sharded=sharded,
+        nonfinite=nonfinite,
+        detail=detail,
+    )
+
+
+def adagc(
+    relative: Any = 1.05,
+    decay: Any = 0.98,
+    warmup_steps: Any = 100,
+    max_norm: Any = 1.0,
+    *,
+    learn_from: LearnFrom = "clipped",
+    patience: Any = None,
+    axis_name: Any = None,
+    sharded: Any = None,
+    nonfinite: Nonfinite = "propagate",
+    detail: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips every tensor relative to an average of its own norms (AdaGC).
+
+    .. math:: u_l \leftarrow u_l \, \min(1, \lambda \gamma_l / \|u_l\|), \quad
+        \gamma_l \leftarrow \beta \gamma_l + (1 - \beta) \|u_l\| \text{ of the clipped } u_l
+
+    Before step `warmup_steps` the whole gradient is clipped by `max_norm` instead, and gamma_l is
+    the smallest clipped norm of the tensor so far.
+
+    Args:
+        relative: lambda, how many times its average a tensor's norm may be; the paper's 1.05.
+        decay: beta, the share of the average that a step keeps, in [0, 1); the paper's 0.98.
+        warmup_steps: The first step, counted from 1, that is clipped tensor by tensor; the
+            paper's 100.
+        max_norm: Largest norm of the whole gradient before that; the paper's 1.0.
+        learn_from: "clipped", the paper's.
+        patience: After so many clips of a tensor in a row learn from its raw norms; None, the
+            paper's: never.
+        axis_name: See `clip_by`.
+        sharded: See `clip_by`.
+        nonfinite: See `clip_by`.
+        detail: See `clip_by`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `ClipState`; `clip_rate` reads the share
+        of tensors clipped. State: one float per tensor, in one vector. Cost: one pass over the
+        gradient; another one where a tensor is all zero.
+
+    Raises:
+        ValueError: If a concrete argument is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optclip
+        >>> optimizer = optax.chain(optclip.adagc(), optax.adamw(1e-3))
+        >>> params = {"a": jnp.zeros(2), "b": jnp.zeros(3)}
+        >>> state = optimizer.init(params)
+        >>> _, state = optimizer.update({"a": jnp.ones(2), "b": jnp.ones(3)}, state, params)
+        >>> round(float(optclip.metrics(state)["clip/clipped_norm"]), 6)
+        1.0
+
+    References:
+        Wang et al., "AdaGC: improving training stability for large language model pretraining",
+        2025, arXiv:2502.11034. In the paper a tensor whose gradient is zero once while warming up
+        gets gamma_l = 0 and never moves again; here zeros are not learned from.
+    """
+    return clip_by(
+        thresholds.leaf_average(
+            relative, decay, warmup_steps, max_norm, learn_from, patience, "adagc"
+        ),
+        scope=scopes.leaf,
+        axis_name=axis_name,
+        sharded=sharded,
+        nonfinite=nonfinite,
+        detail=detail,
+    )
+
+
+def clip_by_window(
+    deviations: Any = 3.0,
+    window: int = 128,
+    *,
+    learn_from: LearnFrom = "raw",
+    patience: Any = None,
+    axis_name: Any = None,
+    sharded: Any = None,
+    nonfinite: Nonfinite = "propagate",
+    detail: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips to the mean of the last norms plus some standard deviations.
+
+    .. math:: u \leftarrow u \, \min(1, c / \|u\|), \quad c = \mathrm{mean} + k \, \mathrm{std}
+
+    over the last norms before this step. Nothing is clipped before half of the window is filled.
+
+    Args:
+        deviations: k; 3.0 is what the Levanter trainer takes.
+        window: How many norms to remember; a plain number. 128 is what Levanter takes.
+        learn_from: "raw", Levanter's choice.
+        patience: After so many clips in a row learn from raw norms; None: never. Of use only where
+            it does not learn from raw norms.
+        axis_name: See `clip_by`.
+        sharded: See `clip_by`.
+        nonfinite: See `clip_by`.
+        detail: See `clip_by`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `ClipState`. State: `window` floats and
+        a count. Cost: one pass over the gradient.
+
+    Raises:
+        ValueError: If `deviations` is concrete and negative or NaN, or `window` is no whole number.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optclip
+        >>> optimizer = optax.chain(optclip.clip_by_window(), optax.adam(1e-3))
+        >>> state = optimizer.init(jnp.zeros(2))
+        >>> _, state = optimizer.update(jnp.array([3.0, 4.0]), state)
+        >>> float(optclip.metrics(state)["clip/threshold"])  # the window fills
+        inf
+    """
+    return clip_by(
+        thresholds.mean_over_window(deviations, window, learn_from, patience, "clip_by_window"),
+        axis_name=axis_name,
+        sharded=sharded,
+        nonfinite=nonfinite,
+        detail=detail,
+    )
+
+
+def clip_by_moving_average(
+    multiplier: Any = 2.0,
+    decay: Any = 0.99,
+    *,
+    learn_from: LearnFrom = "clipped",
+    patience: Any = None,
+    axis_name: Any = None,
+    sharded: Any = None,
+    nonfinite: Nonfinite = "propagate",
+    detail: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips to a multiple of the moving average of the norms.
+
+    .. math:: u \leftarrow u \, \min(1, k m / \|u\|), \quad
+        m \leftarrow \beta m + (1 - \beta) \|u\| \text{ of the clipped } u
+
+    with m corrected for its start at zero, as Adam's averages are. The first norm is not clipped.
+
+    Args:
+        multiplier: k, how many times the average a norm may be. Learning from clipped norms, the
+            threshold can rise by (1 - beta)(k - 1) of itself in a step: 1% with the defaults. At 1
+            and below it sinks. The default is ours.
+        decay: beta, the share of the average that a step keeps, in [0, 1). The default is ours: it
+            looks back over about 100 steps.
+        learn_from: "clipped" follows a lasting rise at the speed above; "raw" at once, and lets a
+            spike raise the threshold.
+        patience: After so many clips in a row learn from raw norms; None: never.
+        axis_name: See `clip_by`.
+        sharded: See `clip_by`.
+        nonfinite: See `clip_by`.
+        detail: See `clip_by`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `ClipState`. State: two floats. Cost: one
+        pass over the gradient.
+
+    Raises:
+        ValueError: If a concrete argument is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optclip
+        >>> optimizer = optax.chain(optclip.clip_by_moving_average(), optax.sgd(0.1))
+        >>> state = optimizer.init(jnp.zeros(2))
+        >>> for _ in range(2):
+        ...     _, state = optimizer.update(jnp.array([3.0, 4.0]), state)
+        >>> round(float(optclip.metrics(state)["clip/threshold"]), 4)
+        10.0
+    """
+    return clip_by(
+        thresholds.moving_average(
+            multiplier, decay, learn_from, patience, "clip_by_moving_average"
+        ),
+        axis_name=axis_name,
+        sharded=sharded,
+        nonfinite=nonfinite,
+        detail=detail,
+    )
+
+
+def robust_clip(
+    deviations: Any = 2.0,
+    decay: Any = 0.97,
+    max_rise: Any = float("inf"),
+    *,
+    learn_from: LearnFrom = "winsorised",
+    axis_name: Any = None,
+    sharded: Any = None,
+    nonfinite: Nonfinite = "propagate",
+    detail: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips norms that are outliers on a log scale; needs no threshold and no warm-up.
+
+    .. math:: u \leftarrow u \, \min(1, e^{m + k \sqrt{v}} / \|u\|)
+
+    where m and v are moving mean and variance of log norms, each held to two deviations about the
+    mean before it is learned from. So a spike moves the level by next to nothing, and a lasting
+    change of the level is followed at a speed that grows while it lasts. The rule has no scale:
+    multiplying the loss by any number changes nothing. It cures spikes; a learning rate that is too
+    large it does not, since it follows the norms of the diverging run: see `clip_by_param_norm`.
+
+    Args:
+        deviations: k, deviations of the log norm above its mean; 2.0 clips one step in thirty or so,
+            whatever the noise. May be negative: then most steps are clipped, to a low level.
+        decay: Share of mean and variance that a step keeps, in [0, 1); 0.97 looks back over about
+            33 steps. The first steps keep less, so that no warm-up is needed.
+        max_rise: The most that the level may rise in one step, as a share of it: 0.01 is 1%. No
+            bound by default.
+        learn_from: "winsorised" is what makes it robust.
+        axis_name: See `clip_by`.
+        sharded: See `clip_by`.
+        nonfinite: See `clip_by`.
+        detail: See `clip_by`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `ClipState`. State: three numbers. Cost:
+        one pass over the gradient.
+
+    Raises:
+        ValueError: If a concrete argument is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optclip
+        >>> optimizer = optax.chain(optclip.robust_clip(), optax.adamw(1e-3))
+        >>> state = optimizer.init(jnp.zeros(2))
+        >>> for scale in (1.0, 1.1, 0.9, 1.0, 100.0):
+        ...     _, state = optimizer.update(scale * jnp.array([3.0, 4.0]), state, jnp.zeros(2))
+        >>> readings = optclip.metrics(state)
+        >>> float(readings["clip/norm"]), bool(readings["clip/clipped_norm"] < 10)
+        (500.0, True)
+    """
+    return clip_by(
+        thresholds.robust(deviations, decay, max_rise, learn_from, "robust_clip"),
+        axis_name=axis_name,
+        sharded=sharded,
+        nonfinite=nonfinite,
+        detail=detail,
+    )

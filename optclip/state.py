@@ -1,0 +1,138 @@
+"""`ClipState`: what a clip remembers and what it read, and how a step moves it on."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optclip import measuring
+from optclip.thresholds.rules import Memory, Step
+
+RECENT_STEPS = 128
+"""Over how many steps `ClipState.recent_clip_rate` looks back."""
+
+
+class Detail(NamedTuple):
+    """Readings of single groups, where `detail=True` asked for them.
+
+    Attributes:
+        norms: Norm of each group before clipping, of each leaf where the scope is the whole tree;
+            shape (groups,).
+        clipped_norms: The same after clipping.
+    """
+
+    norms: jax.Array
+    clipped_norms: jax.Array
+
+
+class ClipState(NamedTuple):
+    """What a clip remembers, and what it read at the last step. All but two are scalars.
+
+    The floats are float32, or float64 where a parameter is 64-bit.
+
+    Attributes:
+        count: Updates so far; int32. Schedules are called with it.
+        nonfinite_steps: Updates so far whose gradient had a non-finite entry; int32.
+        norm: Norm before clipping. Of several groups: the norm of all together. Of single
+            entries: the largest.
+        clipped_norm: Norm after clipping.
+        threshold: The threshold. Of several groups: the smallest.
+        factor: What the gradient was multiplied by. Of several groups: the smallest factor.
+        clip_rate: Share of the finite steps so far whose norm was above the threshold; of several
+            groups, the mean share of them.
+        recent_clip_rate: The same as an average that looks back over about 128 steps.
+        memory: What the threshold rule remembers; () if nothing.
+        detail: A `Detail`, or () where it was not asked for.
+    """
+
+    count: jax.Array
+    nonfinite_steps: jax.Array
+    norm: jax.Array
+    clipped_norm: jax.Array
+    threshold: jax.Array
+    factor: jax.Array
+    clip_rate: jax.Array
+    recent_clip_rate: jax.Array
+    memory: Memory = ()
+    detail: Detail | tuple[()] = ()
+
+
+class Outcome(NamedTuple):
+    """What one step measured and did; scalars, defined as in `ClipState`.
+
+    Attributes:
+        finite: Whether every entry of the gradient is.
+        norm: Norm before clipping.
+        clipped_norm: Norm after clipping.
+        threshold: The threshold.
+        factor: The factor.
+        share: Share of the groups that were above their threshold.
+    """
+
+    finite: jax.Array
+    norm: jax.Array
+    clipped_norm: jax.Array
+    threshold: jax.Array
+    factor: jax.Array
+    share: jax.Array
+
+
+def fresh(params: optax.Params, memory: Memory = (), detail: Detail | tuple[()] = ()) -> ClipState:
+    """The state before the first step."""
+    dtype = measuring.tree_dtype(params)
+    state = ClipState(
+        count=jnp.zeros([], jnp.int32),
+        nonfinite_steps=jnp.zeros([], jnp.int32),
+        norm=jnp.zeros([], dtype),
+        clipped_norm=jnp.zeros([], dtype),
+        threshold=jnp.full([], jnp.inf, dtype),
+        factor=jnp.ones([], dtype),
+        clip_rate=jnp.zeros([], dtype),
+        recent_clip_rate=jnp.zeros([], dtype),
+        memory=memory,
+        detail=detail,
+    )
+    # Where the parameters lie on a mesh, so does the state: one compilation, not two.
+    mesh_wide = measuring.whole_on_devices_of(params)
+    return state if mesh_wide is None else jax.device_put(state, mesh_wide)
+
+
+def advanced(
+    state: ClipState, outcome: Outcome, memory: Memory = (), detail: Detail | tuple[()] = ()
+) -> ClipState:
+    """The state after a step."""
+    finite, step = outcome.finite, step_of(state)
+
+    def averaged(rate: jax.Array, floor: float) -> jax.Array:
+        """A running mean over the finite steps; with a floor under its weight, of recent ones."""
+        weight = jnp.maximum(1 / (step.finite + 1).astype(rate.dtype), floor)
+        return rate + jnp.where(finite, (outcome.share.astype(rate.dtype) - rate) * weight, 0)
+
+    new = ClipState(
+        count=_next(state.count),
+        nonfinite_steps=jnp.where(finite, state.nonfinite_steps, _next(state.nonfinite_steps)),
+        norm=outcome.norm,
+        clipped_norm=outcome.clipped_norm,
+        threshold=outcome.threshold,
+        factor=outcome.factor,
+        clip_rate=averaged(state.clip_rate, 0.0),
+        recent_clip_rate=averaged(state.recent_clip_rate, 1 / RECENT_STEPS),
+        memory=memory,
+        detail=detail,
+    )
+    return jax.tree.map(lambda old, x: x.astype(old.dtype), state, new)
+
+
+def step_of(state: ClipState) -> Step:
+    """Where in the run the next update is."""
+    return Step(state.count, state.count - state.nonfinite_steps)
+
+
+def kept_unless(learned: jax.Array, new: Memory, old: Memory) -> Memory:
+    """The new memory where something was learned, group by group; the old one elsewhere."""
+    return jax.tree.map(lambda a, b: jnp.where(jnp.broadcast_to(learned, b.shape), a, b), new, old)
+
+
+def _next(count: jax.Array) -> jax.Array:
+    return jnp.asarray(optax.safe_increment(count))

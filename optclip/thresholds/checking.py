@@ -1,0 +1,75 @@
+"""Numbers that callers pass: refused early where they are concrete, given a meaning where not."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+
+def is_concrete(value: Any) -> bool:
+    """Whether `value` can be looked at now: not traced, not a schedule."""
+    return not isinstance(value, Tracer) and not callable(value)
+
+
+def check_number(
+    value: Any, name: str, *, low: float = 0.0, high: float = float("inf"), mend: str
+) -> None:
+    """Refuses a concrete `value` that is not one real number in [low, high].
+
+    Args:
+        value: What the caller passed. Traced values and schedules are let through.
+        name: The argument, with its function: "clip_by_global_norm(max_norm=...)".
+        low: Smallest number allowed.
+        high: Largest number allowed.
+        mend: What to pass instead.
+
+    Raises:
+        ValueError: With the value and the mend.
+    """
+    if not is_concrete(value):
+        return
+    array = None if isinstance(value, str | bool) else _as_array(value)
+    if array is None or array.ndim or not np.issubdtype(array.dtype, np.number):
+        raise ValueError(f"{name} must be one number or an Optax schedule, got {value!r}; {mend}")
+    if not (low <= float(array) <= high):
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}; {mend}")
+
+
+def _as_array(value: Any) -> np.ndarray | None:
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError):
+        return None
+    if array.dtype.kind == "V":  # bfloat16 and the 8-bit floats are numbers to everyone but numpy
+        array = array.astype(np.float32)
+    return None if array.dtype.kind in "cOUSb" else array
+
+
+def check_count(value: Any, name: str) -> int:
+    """Refuses anything but a plain whole number of at least 1: it sets a shape."""
+    if isinstance(value, Tracer) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(
+            f"{name} must be a whole number of at least 1, got {value!r}: it sets the shape of the "
+            "memory; under optax.inject_hyperparams list it in static_args"
+        )
+    return int(value)
+
+
+def check_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
+    """Refuses anything but one of a few words."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def number_at(value: Any, count: jax.Array, like: jax.Array) -> jax.Array:
+    """A number, traced scalar or schedule, now, as a scalar in the dtype of `like`."""
+    value = value(count) if callable(value) else value
+    return jnp.asarray(value).astype(like.dtype)
+
+
+def at(value: Any, count: jax.Array, like: jax.Array) -> jax.Array:
+    """The same for a threshold: a negative number counts as 0, a NaN clips nothing."""
+    number = number_at(value, count, like)
+    return jnp.where(jnp.isnan(number), jnp.inf, jnp.maximum(number, 0)).astype(like.dtype)
