@@ -24,12 +24,15 @@ from optclip.methods import (
     clip_by_quantile,
     clip_by_value,
     clip_by_window,
+    clippy,
     measure_norms,
     robust_clip,
     smooth_clip,
+    spam_clip,
     zclip,
 )
 from optclip.readings import metrics
+from optclip.skipping import safeguard, skip_spikes
 from optclip.state import ClipState
 
 __version__ = "0.1.0"
@@ -49,13 +52,17 @@ __all__ = [
     "clip_by_quantile",
     "clip_by_value",
     "clip_by_window",
+    "clippy",
     "limiters",
     "measure_norms",
     "metrics",
     "norms",
     "robust_clip",
+    "safeguard",
     "scopes",
+    "skip_spikes",
     "smooth_clip",
+    "spam_clip",
     "thresholds",
     "zclip",
 ]

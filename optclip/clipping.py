@@ -21,6 +21,7 @@ from optclip.state import (
     step_of,
 )
 from optclip.thresholds import ParameterNorms, Rule
+from optclip.thresholds.checking import check_choice
 from optclip.thresholds.rules import Memory
 
 Nonfinite = Literal["propagate", "zero"]
@@ -191,8 +192,7 @@ def _check(rule: Rule, scope: Any, norm: Any, limiter: Any, nonfinite: Any) -> N
                 f"{name}= must be one of optclip.{name}s (called, where it takes arguments), "
                 f"got {value!r}"
             )
-    if nonfinite not in ("propagate", "zero"):
-        raise ValueError(f'nonfinite= must be "propagate" or "zero", got {nonfinite!r}')
+    check_nonfinite(nonfinite)
     if norm.combine is None and scope.name != "leaf":
         raise ValueError(
             f"the norm {norm.name!r} exists only for one whole leaf, not for scope {scope.name!r}; "
@@ -203,6 +203,11 @@ def _check(rule: Rule, scope: Any, norm: Any, limiter: Any, nonfinite: Any) -> N
             "a threshold relative to the parameters needs a scope with norms, not scopes.element; "
             "pass scopes.unit() or scopes.leaf"
         )
+
+
+def check_nonfinite(nonfinite: Any) -> None:
+    """Refuses anything but the two policies."""
+    check_choice(nonfinite, ("propagate", "zero"), "nonfinite=")
 
 
 def _as_kept(x: jax.Array, state: ClipState) -> jax.Array:

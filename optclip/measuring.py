@@ -160,7 +160,7 @@ def measure(plan: Plan, norm: Norm, tree: Any) -> Magnitude:
     Returns:
         A `Magnitude` of arrays of shape `plan.shape`.
     """
-    leaves = _picked(plan, tree)
+    leaves = picked(plan, tree)
     one = jnp.ones(plan.shape, plan.dtype)
 
     def finished(statistic: jax.Array, scale: jax.Array) -> Magnitude:
@@ -183,7 +183,7 @@ def measure(plan: Plan, norm: Norm, tree: Any) -> Magnitude:
     return finished(statistic, scale)
 
 
-def _picked(plan: Plan, tree: Any) -> list[jax.Array]:
+def picked(plan: Plan, tree: Any) -> list[jax.Array]:
     """The leaves that take part; by path, since parameters may hold leaves the updates lack."""
     leaves = dict(leaves_with_paths(tree))
     missing = [member.path for member in plan.members if member.path not in leaves]
@@ -309,7 +309,7 @@ def share_above(plan: Plan, updates: Any, threshold: jax.Array) -> jax.Array:
 
     counts = [
         count(x) / member.split.copies
-        for member, x in zip(plan.members, _picked(plan, updates), strict=True)
+        for member, x in zip(plan.members, picked(plan, updates), strict=True)
     ]
     total = jnp.sum(jnp.stack(counts)) if counts else jnp.zeros([], plan.dtype)
     if plan.axis_names:

@@ -9,6 +9,7 @@ from optclip.methods.adaptive import (
     robust_clip,
     zclip,
 )
+from optclip.methods.clippy import clippy
 from optclip.methods.fixed import (
     clip_by_block_rms,
     clip_by_global_norm,
@@ -19,6 +20,7 @@ from optclip.methods.fixed import (
     smooth_clip,
 )
 from optclip.methods.relative import adaptive_grad_clip, clip_by_param_norm
+from optclip.methods.spam import spam_clip
 
 __all__ = [
     "adagc",
@@ -33,8 +35,10 @@ __all__ = [
     "clip_by_quantile",
     "clip_by_value",
     "clip_by_window",
+    "clippy",
     "measure_norms",
     "robust_clip",
     "smooth_clip",
+    "spam_clip",
     "zclip",
 ]

@@ -6,7 +6,8 @@ import optax
 
 from optclip import scopes, thresholds
 from optclip.clipping import Nonfinite, clip_by
-from optclip.thresholds.history import LearnFrom, ZVariant
+from optclip.thresholds.history import LearnFrom
+from optclip.thresholds.outliers import ZVariant
 
 
 def autoclip(
@@ -386,13 +387,14 @@ def robust_clip(
     .. math:: u \leftarrow u \, \min(1, e^{m + k \sqrt{v}} / \|u\|)
 
     where m and v are moving mean and variance of log norms, each held to two deviations about the
-    mean before it is learned from. So a spike moves the level by next to nothing, and a lasting
-    change of the level is followed at a speed that grows while it lasts. The rule has no scale:
-    multiplying the loss by any number changes nothing. It cures spikes; a learning rate that is too
-    large it does not, since it follows the norms of the diverging run: see `clip_by_param_norm`.
+    mean before it is learned from (m believes a small norm down to a tenth of the level). So a
+    spike moves the level by next to nothing, and a lasting change of the level is followed at a
+    speed that grows while it lasts. The rule has no scale: multiplying the loss by any number
+    changes nothing. It cures spikes; a learning rate that is too large it does not, since it
+    follows the norms of the diverging run: see `clip_by_param_norm`.
 
     Args:
-        deviations: k, deviations of the log norm above its mean; 2.0 clips one step in thirty or so,
+        deviations: k, deviations of the log norm above its mean; 2.0 clips about one step in 30,
             whatever the noise. May be negative: then most steps are clipped, to a low level.
         decay: Share of mean and variance that a step keeps, in [0, 1); 0.97 looks back over about
             33 steps. The first steps keep less, so that no warm-up is needed.

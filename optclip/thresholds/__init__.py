@@ -15,9 +15,8 @@ from optclip.thresholds.history import (
     leaf_average,
     moving_average,
     online_quantile,
-    robust,
-    zscore,
 )
+from optclip.thresholds.outliers import robust, zscore
 from optclip.thresholds.rules import (
     ParameterNorms,
     Rule,

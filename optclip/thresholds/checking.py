@@ -73,3 +73,11 @@ def at(value: Any, count: jax.Array, like: jax.Array) -> jax.Array:
     """The same for a threshold: a negative number counts as 0, a NaN clips nothing."""
     number = number_at(value, count, like)
     return jnp.where(jnp.isnan(number), jnp.inf, jnp.maximum(number, 0)).astype(like.dtype)
+
+
+def check_decay(decay: Any, name: str) -> None:
+    """Refuses a concrete decay outside [0, 1): at 1 nothing is ever learned."""
+    below_one = 1 - 2.0**-24
+    check_number(
+        decay, f"{name}(decay=...)", high=below_one, mend="0.97 looks back over about 33 steps"
+    )

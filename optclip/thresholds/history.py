@@ -1,4 +1,4 @@
-"""Rules that remember a few numbers per group: averages, z-scores, quantiles, the robust level."""
+"""Rules that remember a number or two per group: averages and an online quantile."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optclip import norms as norm_kinds
-from optclip.thresholds.checking import at, check_choice, check_number, number_at
+from optclip.thresholds.checking import at, check_choice, check_decay, check_number, number_at
 from optclip.thresholds.rules import Memory, Rule, Step
 
 LearnFrom = Literal["raw", "clipped", "winsorised"]
@@ -129,177 +129,6 @@ def moving_average(
     return learning(make, learn_from, patience, name)
 
 
-class Spread(NamedTuple):
-    """Memory of `zscore`.
-
-    Attributes:
-        count: Norms learned from so far; int32.
-        mean: Their mean; after the warm-up an exponential moving average.
-        deviation: Their standard deviation, likewise. The variance itself would overflow.
-    """
-
-    count: jax.Array
-    mean: jax.Array
-    deviation: jax.Array
-
-
-ZVariant = Literal["reciprocal", "mean", "max"]
-
-
-def zscore(
-    z_threshold: Any,
-    decay: Any,
-    warmup_steps: Any,
-    variant: ZVariant = "reciprocal",
-    learn_from: LearnFrom = "clipped",
-    patience: Any = None,
-    name: str = "zscore",
-) -> Rule:
-    """Acts on norms more than `z_threshold` deviations above the mean; `optclip.zclip`.
-
-    Args:
-        z_threshold: How many deviations above the mean a norm may be.
-        decay: Share of mean and variance that a step keeps, in [0, 1).
-        warmup_steps: For how many steps to learn without acting.
-        variant: What an outlier is brought to: the mean, mean + z_threshold deviations ("max"), or
-            in between, the closer to the mean the larger it was ("reciprocal").
-        learn_from: See `LearnFrom`.
-        patience: See `learning`.
-        name: What error messages call the method.
-
-    Returns:
-        A `Rule` that remembers three numbers per group.
-    """
-    check_number(z_threshold, f"{name}(z_threshold=...)", mend="pass jnp.inf to switch it off")
-    check_number(warmup_steps, f"{name}(warmup_steps=...)", mend="pass 0 for none")
-    check_choice(variant, ("reciprocal", "mean", "max"), f"{name}(variant=...)")
-    check_decay(decay, name)
-    eps = 1e-6  # The paper's, in the denominator of z.
-
-    def make(learn_from: LearnFrom) -> Rule:
-        def init(norms):
-            return Spread(
-                jnp.zeros(norms.shape, jnp.int32), jnp.zeros_like(norms), jnp.zeros_like(norms)
-            )
-
-        def warm(memory, step, norms):
-            # Two norms at least: there is no deviation of one.
-            enough = jnp.maximum(number_at(warmup_steps, step.count, norms), 1)
-            return memory.count.astype(norms.dtype) < enough
-
-        def threshold(memory, step, norms, params):
-            allowed = at(z_threshold, step.count, norms)
-            padded = memory.deviation + (0 if variant == "max" else eps)
-            level = memory.mean + allowed * padded
-            if variant == "mean":
-                target = memory.mean
-            elif variant == "max":
-                target = level
-            else:
-                z = jnp.where(norms > level, norms - memory.mean, padded) / padded
-                target = memory.mean + allowed * (allowed / z) * memory.deviation
-            limit = jnp.where(norms > level, target, level)
-            return jnp.where(warm(memory, step, norms), jnp.inf, limit)
-
-        def observe(memory, step, norms, clipped_norms):
-            level = memory.mean + at(z_threshold, step.count, norms) * memory.deviation
-            learned = seen(learn_from, norms, clipped_norms, level)
-            learned = jnp.where(warm(memory, step, norms), norms, learned)
-            # While it warms up a plain mean and variance, as of a buffer, step by step.
-            before = memory.count.astype(norms.dtype)
-            keep = jnp.where(
-                warm(memory, step, norms),
-                before / (before + 1),
-                number_at(decay, step.count, norms),
-            )
-            mean = keep * memory.mean + (1 - keep) * learned
-            # The paper takes the variance about the new mean; a plain one is about both.
-            ago = jnp.abs(learned - jnp.where(warm(memory, step, norms), memory.mean, mean))
-            spread = jnp.sqrt(ago) * jnp.sqrt(jnp.abs(learned - mean))
-            deviation = jnp.hypot(jnp.sqrt(keep) * memory.deviation, jnp.sqrt(1 - keep) * spread)
-            return Spread(memory.count + 1, mean, deviation)
-
-        return Rule(init, threshold, observe, has_memory=True)
-
-    return learning(make, learn_from, patience, name)
-
-
-class Level(NamedTuple):
-    """Memory of `robust`.
-
-    Attributes:
-        count: Norms learned from so far; int32.
-        level: exp(mean of log norm), the typical norm; 0 before the first.
-        variance: Variance of the log norm.
-    """
-
-    count: jax.Array
-    level: jax.Array
-    variance: jax.Array
-
-
-def robust(
-    deviations: Any,
-    decay: Any,
-    max_rise: Any = float("inf"),
-    learn_from: LearnFrom = "winsorised",
-    name: str = "robust",
-) -> Rule:
-    """A level and a spread of the log norm that outliers hardly move; `optclip.robust_clip`.
-
-    Args:
-        deviations: How many deviations of the log norm above its mean a norm may be; may be
-            negative.
-        decay: Share of mean and variance that a step keeps, in [0, 1), after the first steps.
-        max_rise: The most that the level may rise in one step, as a share of it.
-        learn_from: "winsorised": log norms held to two deviations about the mean.
-        name: What error messages call the method.
-
-    Returns:
-        A `Rule` that remembers three numbers per group. The first norm is never clipped.
-    """
-    check_number(
-        deviations, f"{name}(deviations=...)", low=-float("inf"), mend="the default is 2.0"
-    )
-    check_number(max_rise, f"{name}(max_rise=...)", mend="pass jnp.inf for no bound")
-    check_decay(decay, name)
-    check_choice(learn_from, ("raw", "clipped", "winsorised"), f"{name}(learn_from=...)")
-    held, first_guess, least = 2.0, 0.25, 0.02
-
-    def init(norms):
-        return Level(
-            jnp.zeros(norms.shape, jnp.int32),
-            jnp.zeros_like(norms),
-            jnp.full(norms.shape, first_guess**2, norms.dtype),
-        )
-
-    def threshold(memory, step, norms, params):
-        spread = jnp.maximum(jnp.sqrt(memory.variance), least)
-        limit = memory.level * jnp.exp(number_at(deviations, step.count, norms) * spread)
-        return jnp.where(memory.count > 0, limit, jnp.inf)
-
-    def observe(memory, step, norms, clipped_norms):
-        begun = memory.count > 0
-        learned = clipped_norms if learn_from == "clipped" else norms
-        # Logarithms of ratios to the level: exact whatever the scale of the norms.
-        ratio = learned / jnp.where(begun, memory.level, learned)
-        away = jnp.log(jnp.clip(ratio, 1e-30, 1e30))
-        if learn_from == "winsorised":
-            reach = held * jnp.maximum(jnp.sqrt(memory.variance), least)
-            away = jnp.clip(away, -reach, reach)
-        # From 3/4 up, so that the first few norms settle the level and no warm-up is needed.
-        start = 1 - 1 / (memory.count.astype(norms.dtype) + 4)
-        keep = jnp.minimum(number_at(decay, step.count, norms), start)
-        rise = jnp.minimum((1 - keep) * away, jnp.log1p(number_at(max_rise, step.count, norms)))
-        level = jnp.where(begun, memory.level * jnp.exp(rise), learned)
-        variance = jnp.where(
-            begun, keep * (memory.variance + (1 - keep) * away * away), memory.variance
-        )
-        return Level(memory.count + 1, level, variance)
-
-    return Rule(init, threshold, observe, has_memory=True)
-
-
 def online_quantile(
     quantile: Any, step_size: Any, init: Any = None, name: str = "online_quantile"
 ) -> Rule:
@@ -391,11 +220,3 @@ def leaf_average(
         return Rule(jnp.zeros_like, threshold, observe, has_memory=True)
 
     return learning(make, learn_from, patience, name)
-
-
-def check_decay(decay: Any, name: str) -> None:
-    """Refuses a concrete decay outside [0, 1): at 1 nothing is ever learned."""
-    below_one = 1 - 2.0**-24
-    check_number(
-        decay, f"{name}(decay=...)", high=below_one, mend="0.97 looks back over about 33 steps"
-    )

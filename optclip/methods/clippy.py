@@ -1,0 +1,145 @@
+"""Clippy: a bound on every entry of the update, relative to its parameter, that keeps direction."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optclip import limiters, measuring, norms, scopes
+from optclip.clipping import NO_PARAMS_MSG, Nonfinite, check_nonfinite
+from optclip.norms import Magnitude
+from optclip.state import ClipState, Detail, Outcome, advanced, fresh
+from optclip.thresholds.checking import check_number, number_at
+
+
+def clippy(
+    relative: Any = 0.1,
+    absolute: Any = 1e-7,
+    *,
+    axis_name: Any = None,
+    sharded: Any = None,
+    nonfinite: Nonfinite = "propagate",
+    detail: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Shrinks every tensor's update until no entry exceeds a share of its parameter (Clippy).
+
+    .. math:: u_l \leftarrow u_l \, \min\left(1, \min_i
+        \frac{\rho |w_i| + \alpha}{|u_i|}\right) \quad \text{for each leaf } l
+
+    For after the optimizer: the paper puts it on Adagrad's update.
+
+    One parameter that is nearly zero and has a gradient throttles its whole tensor: the update of
+    that entry may be no larger than `absolute`. Tensors that start at zero need a larger one.
+
+    Args:
+        relative: rho, the largest update of an entry as a share of the parameter; a number, traced
+            scalar or Optax schedule. 0.1 is the released code's default.
+        absolute: alpha, what is added to that, in units of the parameter; the released code's 1e-7.
+        axis_name: See `clip_by`.
+        sharded: See `clip_by`.
+        nonfinite: See `clip_by`.
+        detail: See `clip_by`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `ClipState`. `norm` reads the largest
+        ratio of an entry to its bound, so `threshold` is 1; `clip_rate` the share of leaves
+        clipped. No memory. Cost: a pass over updates and parameters, and one over the updates for NaN.
+
+    Raises:
+        ValueError: If an argument is concrete and negative or NaN, or `update` gets no `params`.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> bound = optclip.clippy()
+        >>> params = jnp.array([1.0, 10.0])
+        >>> updates, _ = bound.update(jnp.array([0.2, 0.2]), bound.init(params), params)
+        >>> [round(float(u), 4) for u in updates]
+        [0.1, 0.1]
+
+    References:
+        Tang et al., "Improving training stability for multitask ranking models in recommender
+        systems", 2023, arXiv:2302.09178. The released optimizer also adds a term relative to
+        Adagrad's accumulator, zero by default, which a transformation of the update cannot see.
+    """
+    check_number(relative, "clippy(relative=...)", mend="the default is 0.1")
+    check_number(absolute, "clippy(absolute=...)", mend="the default is 1e-7")
+    check_nonfinite(nonfinite)
+
+    def look(updates: Any) -> measuring.Plan:
+        return measuring.plan(scopes.leaf, updates, axis_name, sharded)
+
+    def init(params: Any) -> ClipState:
+        if not detail:
+            return fresh(params)
+        shape, dtype = look(params).shape, measuring.tree_dtype(params)
+        return fresh(params, (), Detail(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, ClipState]:
+        del extra_args
+        if params is None:
+            raise ValueError(NO_PARAMS_MSG)
+        state = init(updates) if state is None else state
+        plan = look(updates)
+        rho, alpha = (
+            number_at(x, state.count, jnp.zeros([], plan.dtype)) for x in (relative, absolute)
+        )
+        with jax.named_scope("optclip/measure"):
+            ratios, finite = _ratios(plan, updates, params, rho, alpha)
+        with jax.named_scope("optclip/limit"):
+            threshold = jnp.where(finite, jnp.ones(plan.shape, plan.dtype), jnp.inf)
+            magnitude = Magnitude(ratios, jnp.ones(plan.shape, plan.dtype))
+            factor = limiters.factor_of(limiters.rescale, magnitude, threshold)
+            updates = measuring.rescale(plan, updates, factor)
+            if nonfinite == "zero":
+                updates = measuring.zeroed_unless(plan, updates, finite)
+        clipped = ratios * factor.product()
+        outcome = Outcome(
+            finite=finite,
+            norm=_largest(ratios, finite),
+            clipped_norm=_largest(clipped, finite),
+            threshold=jnp.ones([], plan.dtype),
+            factor=jnp.min(factor.product(), initial=1),
+            share=jnp.mean((ratios > threshold).astype(plan.dtype)) if ratios.size else rho * 0,
+        )
+        return updates, advanced(state, outcome, (), Detail(ratios, clipped) if detail else ())
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _ratios(
+    plan: measuring.Plan, updates: Any, params: Any, relative: jax.Array, absolute: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The largest ratio of an entry to its bound in each leaf, and whether all are finite."""
+
+    def of_leaf(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+        zero = norms.read(x, jnp.zeros([], plan.dtype))
+        poison = jnp.sum(zero.real if jnp.iscomplexobj(zero) else zero)
+        x, w, rho, alpha = lax.optimization_barrier((x, w, relative, absolute))
+        size, weight = norms.modulus(norms.widened(x)), norms.modulus(norms.widened(w))
+        least = jnp.asarray(jnp.finfo(size.dtype).tiny, size.dtype)
+        bound = jnp.maximum(rho.astype(weight.dtype) * weight + alpha.astype(weight.dtype), least)
+        ratio = jnp.minimum(jnp.max(size / bound.astype(size.dtype)), norms.largest(size.dtype))
+        return ratio.astype(plan.dtype), poison.astype(plan.dtype)
+
+    pairs = [
+        of_leaf(x, w)
+        for x, w in zip(
+            measuring.picked(plan, updates), measuring.picked(plan, params), strict=True
+        )
+    ]
+    if not pairs:
+        return jnp.zeros(plan.shape, plan.dtype), jnp.ones([], bool)
+    ratios, poisons = (jnp.stack(column) for column in zip(*pairs, strict=True))
+    finite = jnp.isfinite(jnp.sum(poisons))
+    vector = jnp.append(ratios, jnp.where(finite, 0, jnp.inf).astype(plan.dtype))
+    if plan.axis_names:
+        vector = lax.pmax(vector, plan.axis_names)
+    return vector[:-1], vector[-1] == 0
+
+
+def _largest(ratios: jax.Array, finite: jax.Array) -> jax.Array:
+    return jnp.where(finite, jnp.max(ratios, initial=0), jnp.inf)

@@ -1,0 +1,152 @@
+"""SPAM's spike-aware clip: every entry against its own second moment."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optclip import limiters, measuring, norms, scopes
+from optclip.clipping import Nonfinite, check_nonfinite
+from optclip.state import ClipState, Outcome, advanced, fresh, step_of
+from optclip.thresholds.checking import check_choice, check_decay, check_number, number_at
+from optclip.thresholds.history import LearnFrom
+
+
+def spam_clip(
+    threshold: Any = 5000.0,
+    decay: Any = 0.999,
+    warmup_steps: Any = 20,
+    *,
+    learn_from: LearnFrom = "clipped",
+    axis_name: Any = None,
+    sharded: Any = None,
+    nonfinite: Nonfinite = "propagate",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Limits every entry to a multiple of its own root mean square so far (SPAM's clip).
+
+    .. math:: u_i \leftarrow \mathrm{sign}(u_i) \min(|u_i|, \sqrt{\theta v_i}), \quad
+        v_i \leftarrow \beta v_i + (1 - \beta) u_i^2 \text{ of the clipped } u_i
+
+    v starts at zero without correction, as Adam's second moment does; an entry whose v is zero is
+    not clipped. SPAM also resets Adam's moments every 500 steps: that is the optimizer's part.
+
+    Args:
+        threshold: theta, the largest square of an entry over its second moment; the paper's 5000.
+            A number, traced scalar or Optax schedule.
+        decay: beta, the share of v that a step keeps, in [0, 1); Adam's 0.999, as in the paper.
+        warmup_steps: Steps at the start that are not clipped; the released code's 20.
+        learn_from: "clipped", the paper's, or "raw".
+        axis_name: See `clip_by`.
+        sharded: See `clip_by`.
+        nonfinite: See `clip_by`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `ClipState`. `norm` and `clipped_norm`
+        read the largest entry, `threshold` the smallest bound, `clip_rate` the share of entries
+        clipped. State: one float32 for every entry of the parameters. Cost: it reads and writes
+        that state, and takes several passes over the gradient for the readings.
+
+    Raises:
+        ValueError: If a concrete argument is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optclip
+        >>> optimizer = optax.chain(optclip.spam_clip(warmup_steps=1), optax.adam(1e-3))
+        >>> state = optimizer.init(jnp.zeros(2))
+        >>> for spike in (1.0, 1.0, 1000.0):
+        ...     _, state = optimizer.update(jnp.array([1.0, spike]), state)
+        >>> float(optclip.metrics(state)["clip/norm"])
+        1000.0
+        >>> round(float(optclip.metrics(state)["clip/clipped_norm"]), 3)  # sqrt(5000 * 0.001999)
+        3.161
+
+    References:
+        Huang et al., "SPAM: spike-aware Adam with momentum reset for stable LLM training", 2025,
+        arXiv:2501.06842. The released code's default theta is 2000.
+    """
+    name = "spam_clip"
+    check_number(threshold, f"{name}(threshold=...)", mend="pass jnp.inf to switch clipping off")
+    check_number(warmup_steps, f"{name}(warmup_steps=...)", mend="pass 0 for none")
+    check_choice(learn_from, ("raw", "clipped", "winsorised"), f"{name}(learn_from=...)")
+    check_decay(decay, name)
+    check_nonfinite(nonfinite)
+
+    def init(params: Any) -> ClipState:
+        # Made of the parameters, not of their shapes, so that it lies on the devices as they do.
+        return fresh(params)._replace(memory=jax.tree.map(_second_moment, params))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, ClipState]:
+        del params, extra_args
+        if state is None:
+            raise ValueError(
+                "spam_clip learns from earlier steps and needs its state: pass what init(params) "
+                "or the last update(...) returned, not None"
+            )
+        plan = measuring.plan(scopes.element, updates, axis_name, sharded)
+        like = jnp.zeros([], plan.dtype)
+        theta, keep, warmup = (
+            number_at(x, state.count, like) for x in (threshold, decay, warmup_steps)
+        )
+        with jax.named_scope("optclip/measure"):
+            magnitude = measuring.measure(plan, norms.linf, updates)
+            finite = jnp.isfinite(magnitude.value)
+        acting = finite & (step_of(state).finite.astype(plan.dtype) >= warmup)
+        moments, treedef = jax.tree.flatten(state.memory)
+        leaves, learned, least, above = {}, [], [], []
+        with jax.named_scope("optclip/limit"):
+            for member, x, moment in zip(
+                plan.members, measuring.picked(plan, updates), moments, strict=True
+            ):
+                bound = jnp.sqrt(theta.astype(moment.dtype)) * jnp.sqrt(moment)
+                bound = jnp.where(acting & (moment > 0), bound, jnp.inf)
+                wide = norms.widened(x)
+                size = norms.modulus(wide)
+                factor = limiters.rescale.factor(size, bound)
+                limited = (
+                    norms.scaled(wide, factor)
+                    if jnp.iscomplexobj(x)
+                    else lax.clamp(-bound, wide, bound)
+                )
+                leaves[member.index] = limited.astype(x.dtype)
+                seen = size if learn_from == "raw" else jnp.minimum(size, bound)
+                new = keep.astype(moment.dtype) * moment + (1 - keep).astype(moment.dtype) * seen**2
+                learned.append(jnp.where(finite, new, moment))
+                least.append(
+                    (jnp.min(bound).astype(plan.dtype), jnp.min(factor).astype(plan.dtype))
+                )
+                count = jnp.sum((size > bound).astype(plan.dtype))
+                above.append(count / member.split.copies)
+            flat, structure = jax.tree.flatten(updates)
+            flat = [leaves.get(index, x) for index, x in enumerate(flat)]
+            updates = jax.tree.unflatten(structure, flat)
+            if nonfinite == "zero":
+                updates = measuring.zeroed_unless(plan, updates, finite)
+        clipped = measuring.measure(plan, norms.linf, updates)
+        bounds, factors = (
+            (jnp.stack(x) for x in zip(*least, strict=True)) if least else (like, like)
+        )
+        smallest = jnp.stack([jnp.min(bounds, initial=jnp.inf), jnp.min(factors, initial=1)])
+        share = sum(above, like)
+        if plan.axis_names:
+            smallest, share = lax.pmin(smallest, plan.axis_names), lax.psum(share, plan.axis_names)
+        outcome = Outcome(
+            finite=finite,
+            norm=magnitude.value,
+            clipped_norm=clipped.value,
+            threshold=smallest[0],
+            factor=smallest[1],
+            share=share / max(float(plan.sizes), 1),
+        )
+        return updates, advanced(state, outcome, jax.tree.unflatten(treedef, learned))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _second_moment(x: Any) -> jax.Array | None:
+    if not measuring.is_floating(x) or not jnp.size(x):
+        return None
+    return jnp.zeros_like(x, dtype=norms.accumulator(jnp.result_type(x)))

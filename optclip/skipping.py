@@ -1,0 +1,353 @@
+"""Wrappers that hold an optimizer: `skip_spikes` and `safeguard`.
+
+A factor of 0 is no skip: zeros still decay momentum, weight decay still acts, and schedules still
+advance. A wrapper can leave the optimizer it holds exactly as it was.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optclip import measuring, norms, scopes
+from optclip.methods import clip_by_param_norm, robust_clip
+from optclip.state import ClipState, whole
+from optclip.thresholds.checking import check_choice, check_count, check_number
+
+SkipNonfinite = Literal["skip", "propagate"]
+
+
+class Accepted(NamedTuple):
+    """The last values of one quantity, and which of them count as ordinary.
+
+    Attributes:
+        values: Shape (window,); the oldest is overwritten.
+        ordinary: Whether a value was accepted; shape (window,), bool.
+        count: Values written so far; int32.
+    """
+
+    values: jax.Array
+    ordinary: jax.Array
+    count: jax.Array
+
+
+class SkipState(NamedTuple):
+    """What `skip_spikes` remembers.
+
+    Attributes:
+        inner_state: State of the optimizer it holds.
+        norm: Norm of the gradient at the last step; float32 (float64 where a parameter is 64-bit).
+        threshold: What it was allowed to be.
+        skipping: Whether the last step was skipped; bool.
+        skipped_steps: Steps skipped so far, the non-finite ones included; int32.
+        nonfinite_steps: Steps with a non-finite gradient or loss so far; int32.
+        streak: Spikes skipped in a row, up to now; int32. Non-finite steps do not count.
+        norms: The last finite norms.
+        losses: The last finite losses, where `loss=` is passed.
+    """
+
+    inner_state: Any
+    norm: jax.Array
+    threshold: jax.Array
+    skipping: jax.Array
+    skipped_steps: jax.Array
+    nonfinite_steps: jax.Array
+    streak: jax.Array
+    norms: Accepted
+    losses: Accepted
+
+
+def skip_spikes(
+    inner: optax.GradientTransformation,
+    *,
+    deviations: Any = 6.0,
+    window: int = 128,
+    nonfinite: SkipNonfinite = "skip",
+    patience: Any = 20,
+    axis_name: Any = None,
+    sharded: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Leaves out the steps whose gradient is a spike or is not finite.
+
+    .. math:: \text{skip if } \|u\| > \mathrm{mean} + k \, \mathrm{std} \text{ of the last
+        ordinary norms}
+
+    On a skipped step the update is zero and the state of `inner` is untouched: no momentum decays,
+    no schedule advances. Skipped norms do not enter mean and deviation. After `patience` skips in a
+    row the new level is accepted, so that a run cannot stall; a run of non-finite gradients is
+    skipped for as long as it lasts.
+
+    Args:
+        inner: The optimizer, clips included.
+        deviations: k, standard deviations above the mean; 6.0 is what OLMo-core and Levanter take.
+        window: How many norms to remember; a plain number. 128 is what they take.
+        nonfinite: "skip" leaves non-finite steps out too, "propagate" hands them to `inner`.
+        patience: Spikes in a row after which the new level is accepted; also how many norms are
+            needed before the first skip (half a window, where that is fewer).
+        axis_name: See `clip_by`.
+        sharded: See `clip_by`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `SkipState`. `update` takes `loss=` too,
+        and then also skips where the loss is a spike by the same rule, or not finite; other extra
+        arguments go to `inner`. State: two windows of floats beside that of `inner`. Cost: one
+        pass over the gradient; on a step that is not skipped `inner`'s own.
+
+    Raises:
+        ValueError: If a concrete argument is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optclip
+        >>> optimizer = optclip.skip_spikes(optax.adam(1e-3))
+        >>> params = jnp.zeros(2)
+        >>> state = optimizer.init(params)
+        >>> updates, state = optimizer.update(jnp.array([1.0, jnp.nan]), state, params, loss=0.3)
+        >>> updates.tolist(), int(optclip.metrics(state)["skip/skipped_steps"])
+        ([0.0, 0.0], 1)
+
+    References:
+        The rule is that of the trainers OLMo-core and Levanter, which let spikes into the window.
+    """
+    held = optax.with_extra_args_support(inner)
+    name = "skip_spikes"
+    window = check_count(window, f"{name}(window=...)")
+    check_number(deviations, f"{name}(deviations=...)", mend="pass jnp.inf to skip no spikes")
+    check_number(patience, f"{name}(patience=...)", low=1, mend="pass jnp.inf to wait for ever")
+    check_choice(nonfinite, ("skip", "propagate"), f"{name}(nonfinite=...)")
+
+    def init(params: Any) -> SkipState:
+        dtype = measuring.tree_dtype(params)
+
+        def empty() -> Accepted:
+            return Accepted(
+                jnp.zeros([window], dtype), jnp.zeros([window], bool), jnp.zeros([], jnp.int32)
+            )
+
+        state = SkipState(
+            inner_state=(),
+            norm=jnp.zeros([], dtype),
+            threshold=jnp.full([], jnp.inf, dtype),
+            skipping=jnp.zeros([], bool),
+            skipped_steps=jnp.zeros([], jnp.int32),
+            nonfinite_steps=jnp.zeros([], jnp.int32),
+            streak=jnp.zeros([], jnp.int32),
+            norms=empty(),
+            losses=empty(),
+        )
+        return whole(state, params)._replace(inner_state=held.init(params))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, loss: Any = None, **extra_args: Any
+    ) -> tuple[Any, SkipState]:
+        plan = measuring.plan(scopes.tree, updates, axis_name, sharded)
+        with jax.named_scope("optclip/measure"):
+            magnitude = measuring.measure(plan, norms.l2, updates)
+        dtype = state.norm.dtype
+        norm = jnp.minimum(magnitude.saturated(), norms.largest(dtype)).astype(dtype)
+        finite = jnp.isfinite(magnitude.value)
+        limit = _limit(state.norms, deviations, patience)
+        spike = norm > limit
+        if loss is not None:
+            loss = jnp.asarray(loss).astype(dtype)
+            finite &= jnp.isfinite(loss)
+            spike |= loss > _limit(state.losses, deviations, patience)
+        spike &= finite
+        streak = jnp.where(spike, state.streak + 1, jnp.where(finite, 0, state.streak))
+        new_level = spike & (streak.astype(dtype) >= jnp.asarray(patience).astype(dtype))
+        skipping = (spike & ~new_level) | (~finite if nonfinite == "skip" else False)
+
+        def written(ring: Accepted, value: jax.Array) -> Accepted:
+            return _written(ring, value, ~spike, finite, new_level, streak)
+
+        updates, inner_state = _unless(
+            skipping, held.update, updates, state.inner_state, params, extra_args
+        )
+        return updates, SkipState(
+            inner_state=inner_state,
+            norm=norm,
+            threshold=limit,
+            skipping=skipping,
+            skipped_steps=state.skipped_steps + skipping.astype(jnp.int32),
+            nonfinite_steps=state.nonfinite_steps + (~finite).astype(jnp.int32),
+            streak=jnp.where(new_level, 0, streak),
+            norms=written(state.norms, norm),
+            losses=state.losses if loss is None else written(state.losses, loss),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _unless(
+    skipping: jax.Array,
+    update: Callable[..., Any],
+    updates: Any,
+    inner_state: Any,
+    params: Any,
+    extra_args: dict[str, Any],
+) -> tuple[Any, Any]:
+    """The optimizer's step, or zeros and its state as it was; only one of the two is computed."""
+
+    def step(updates: Any, inner_state: Any) -> tuple[Any, Any]:
+        return update(updates, inner_state, params, **extra_args)
+
+    def skip(updates: Any, inner_state: Any) -> tuple[Any, Any]:
+        shapes, _ = jax.eval_shape(step, updates, inner_state)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return zeros, inner_state
+
+    return jax.lax.cond(skipping, skip, step, updates, inner_state)
+
+
+def _limit(ring: Accepted, deviations: Any, patience: Any) -> jax.Array:
+    """Mean plus deviations of the ordinary values; infinity while there are few."""
+    dtype = ring.values.dtype
+    among = jnp.sum(ring.ordinary.astype(dtype))
+    peak = jnp.max(jnp.where(ring.ordinary, jnp.abs(ring.values), 0))
+    unit = jnp.where(peak > 0, peak, 1)
+    shares = ring.values / unit
+    divisor = jnp.maximum(among, 1)
+    mean = jnp.sum(jnp.where(ring.ordinary, shares, 0)) / divisor
+    away = jnp.where(ring.ordinary, shares - mean, 0)
+    # Of equal values rounding makes a deviation of about 1e-6 of the largest.
+    deviation = jnp.maximum(jnp.sqrt(jnp.sum(away * away) / divisor), 1e-6)
+    limit = (mean + jnp.asarray(deviations).astype(dtype) * deviation) * unit
+    needed = jnp.minimum(jnp.asarray(patience).astype(dtype), max(ring.values.size // 2, 1))
+    return jnp.where(among >= needed, limit, jnp.inf).astype(dtype)
+
+
+def _written(
+    ring: Accepted,
+    value: jax.Array,
+    ordinary: jax.Array,
+    finite: jax.Array,
+    new_level: jax.Array,
+    streak: jax.Array,
+) -> Accepted:
+    """The ring with one value more; at a new level only the last `streak` values are ordinary."""
+    window = ring.values.size
+    slots = jnp.arange(window, dtype=jnp.int32)
+    place = ring.count % window
+    here = slots == place
+    age = (place - slots) % window
+    accepted = jnp.where(new_level, age < streak, jnp.where(here, ordinary, ring.ordinary))
+    count = jnp.where(ring.count + 1 < 2 * window, ring.count + 1, window)
+    new = Accepted(jnp.where(here, value, ring.values), accepted, count)
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, ring)
+
+
+class SafeguardState(NamedTuple):
+    """What `safeguard` remembers.
+
+    Attributes:
+        clip: Of the clip before the optimizer.
+        inner_state: State of the optimizer it holds.
+        bound: Of the bound after the optimizer.
+        update_ratio: Norm of the last update over that of the parameters (or the floor under it).
+        skipping: Whether the last step was skipped; bool.
+        skipped_steps: Steps skipped so far; int32.
+    """
+
+    clip: ClipState
+    inner_state: Any
+    bound: ClipState
+    update_ratio: jax.Array
+    skipping: jax.Array
+    skipped_steps: jax.Array
+
+
+def safeguard(
+    inner: optax.GradientTransformation,
+    *,
+    deviations: Any = 2.0,
+    ratio: Any = 0.01,
+    nonfinite: SkipNonfinite = "skip",
+    axis_name: Any = None,
+    sharded: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The two clips that a run needs, around any optimizer, with no threshold to choose.
+
+    .. math:: g \to \mathrm{robust\_clip} \to \mathrm{inner} \to \mathrm{clip\_by\_param\_norm}
+        \to \Delta w
+
+    Spikes are caught before the optimizer, by a rule that learns what is usual (`robust_clip`), so
+    that they do not spoil its momentum. A step that is too long, because the learning rate is too
+    large for the moment, is caught after it, by a bound relative to the parameters
+    (`clip_by_param_norm`). A step whose gradient is not finite is skipped, with `inner` untouched.
+
+    Everything that `inner` adds to the update is bounded with it: where the bound holds, decoupled
+    weight decay shrinks by the same factor as the step, so it decays more slowly than its
+    coefficient says. Schedules in `inner` keep their meaning below the bound.
+
+    Args:
+        inner: The optimizer.
+        deviations: Of `robust_clip`.
+        ratio: Of `clip_by_param_norm`: the largest update as a share of the parameters' norm. Which
+            value is best depends on the task: in our runs 0.003 for a small transformer with
+            momentum, 0.01 with AdamW, 0.03 for a convolutional network with plain SGD.
+        nonfinite: "skip", or "propagate" to hand non-finite gradients to `inner`.
+        axis_name: See `clip_by`.
+        sharded: See `clip_by`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `SafeguardState`. `metrics` reports
+        `clip/...` for the clip before, `bound/...` for the one after (with `bound/update_ratio`)
+        and `skip/...`. `update` needs `params`; extra arguments go to `inner`. Cost: one pass over
+        the gradient, one over the update and one over the parameters.
+
+    Raises:
+        ValueError: If a concrete argument is out of its range, or `update` gets no `params`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optclip
+        >>> optimizer = optclip.safeguard(optax.adamw(1e-3))
+        >>> params = jnp.ones(2)
+        >>> state = optimizer.init(params)
+        >>> updates, state = optimizer.update(jnp.array([3.0, 4.0]), state, params)
+        >>> float(optclip.metrics(state)["bound/update_ratio"]) <= 0.01
+        True
+    """
+    held = optax.with_extra_args_support(inner)
+    check_choice(nonfinite, ("skip", "propagate"), "safeguard(nonfinite=...)")
+    clip = robust_clip(deviations, axis_name=axis_name, sharded=sharded)
+    bound = clip_by_param_norm(ratio, axis_name=axis_name, sharded=sharded)
+
+    def init(params: Any) -> SafeguardState:
+        return SafeguardState(
+            clip=clip.init(params),
+            inner_state=held.init(params),
+            bound=bound.init(params),
+            update_ratio=whole(jnp.zeros([], measuring.tree_dtype(params)), params),
+            skipping=whole(jnp.zeros([], bool), params),
+            skipped_steps=whole(jnp.zeros([], jnp.int32), params),
+        )
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, SafeguardState]:
+        clip_state: Any
+        updates, clip_state = clip.update(updates, state.clip, params)
+        skipping = clip_state.nonfinite_steps > state.clip.nonfinite_steps
+        skipping &= nonfinite == "skip"
+
+        def step(updates: Any, states: Any, params: Any, **extra_args: Any) -> tuple[Any, Any]:
+            inner_state, bound_state = states
+            updates, inner_state = held.update(updates, inner_state, params, **extra_args)
+            updates, bound_state = bound.update(updates, bound_state, params)
+            return updates, (inner_state, bound_state)
+
+        states = (state.inner_state, state.bound)
+        updates, states = _unless(skipping, step, updates, states, params, extra_args)
+        inner_state, bound_state = states
+        allowed = bound_state.threshold / jnp.asarray(ratio).astype(bound_state.threshold.dtype)
+        return updates, SafeguardState(
+            clip=clip_state,
+            inner_state=inner_state,
+            bound=bound_state,
+            update_ratio=jnp.where(skipping, 0, bound_state.clipped_norm / allowed),
+            skipping=skipping,
+            skipped_steps=state.skipped_steps + skipping.astype(jnp.int32),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
