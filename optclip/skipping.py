@@ -314,10 +314,12 @@ def safeguard(
     bound = clip_by_param_norm(ratio, axis_name=axis_name, sharded=sharded)
 
     def init(params: Any) -> SafeguardState:
+        clip_state: Any = clip.init(params)
+        bound_state: Any = bound.init(params)
         return SafeguardState(
-            clip=clip.init(params),
+            clip=clip_state,
             inner_state=held.init(params),
-            bound=bound.init(params),
+            bound=bound_state,
             update_ratio=whole(jnp.zeros([], measuring.tree_dtype(params)), params),
             skipping=whole(jnp.zeros([], bool), params),
             skipped_steps=whole(jnp.zeros([], jnp.int32), params),

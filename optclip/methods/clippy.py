@@ -45,7 +45,8 @@ def clippy(
     Returns:
         An `optax.GradientTransformationExtraArgs` with a `ClipState`. `norm` reads the largest
         ratio of an entry to its bound, so `threshold` is 1; `clip_rate` the share of leaves
-        clipped. No memory. Cost: a pass over updates and parameters, and one over the updates for NaN.
+        clipped. No memory. Cost: a pass over updates and parameters, and one more over the updates
+        for NaN.
 
     Raises:
         ValueError: If an argument is concrete and negative or NaN, or `update` gets no `params`.
