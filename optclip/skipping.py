@@ -187,17 +187,17 @@ def _unless(
     params: Any,
     extra_args: dict[str, Any],
 ) -> tuple[Any, Any]:
-    """The optimizer's step, or zeros and its state as it was; only one of the two is computed."""
+    """The optimizer's step, or zeros and its state as it was."""
 
-    def step(updates: Any, inner_state: Any) -> tuple[Any, Any]:
-        return update(updates, inner_state, params, **extra_args)
+    def choose(old: Any, new: Any) -> jax.Array:
+        new = jnp.asarray(new)
+        return jax.lax.select(skipping, jnp.asarray(old).astype(new.dtype), new)
 
-    def skip(updates: Any, inner_state: Any) -> tuple[Any, Any]:
-        shapes, _ = jax.eval_shape(step, updates, inner_state)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return zeros, inner_state
-
-    return jax.lax.cond(skipping, skip, step, updates, inner_state)
+    # A choice, not a branch: XLA fuses it into the step, where a branch would copy the state and
+    # write the update out. And never a product: 0 * NaN is NaN.
+    stepped, stepped_state = update(updates, inner_state, params, **extra_args)
+    zeros = jax.tree.map(jnp.zeros_like, stepped)
+    return jax.tree.map(choose, zeros, stepped), jax.tree.map(choose, inner_state, stepped_state)
 
 
 def _limit(ring: Accepted, deviations: Any, patience: Any) -> jax.Array:

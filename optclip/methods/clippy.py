@@ -119,10 +119,12 @@ def _ratios(
     def of_leaf(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
         zero = norms.read(x, jnp.zeros([], plan.dtype))
         poison = jnp.sum(zero.real if jnp.iscomplexobj(zero) else zero)
-        x, w, rho, alpha = lax.optimization_barrier((x, w, relative, absolute))
+        least = jnp.full([], jnp.finfo(norms.accumulator(w.dtype)).tiny, plan.dtype)
+        # Through one barrier with the scalars, so that leaves of one shape share no broadcast.
+        x, w, *scalars = lax.optimization_barrier((x, w, relative, absolute, least))
         size, weight = norms.modulus(norms.widened(x)), norms.modulus(norms.widened(w))
-        least = jnp.asarray(jnp.finfo(size.dtype).tiny, size.dtype)
-        bound = jnp.maximum(rho.astype(weight.dtype) * weight + alpha.astype(weight.dtype), least)
+        rho, alpha, least = (scalar.astype(weight.dtype) for scalar in scalars)
+        bound = jnp.maximum(rho * weight + alpha, least)
         ratio = jnp.minimum(jnp.max(size / bound.astype(size.dtype)), norms.largest(size.dtype))
         return ratio.astype(plan.dtype), poison.astype(plan.dtype)
 
