@@ -9,19 +9,21 @@ mesh both adds up what is split and gathers what is not.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optclip import devices, norms
 from optclip.limiters import Factor, Limiter
 from optclip.norms import Axes, Magnitude, Norm
 from optclip.scopes import Scope, answer_per_leaf, leaves_with_paths
+
+_Tree = TypeVar("_Tree")
 
 
 class Member(NamedTuple):
@@ -80,16 +82,25 @@ def tree_dtype(updates: Any) -> np.dtype:
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
-def whole_on_devices_of(tree: Any) -> NamedSharding | None:
-    """The sharding of a small array that lies whole on every device of the tree's mesh.
+def whole_on_devices_of(tree: Any, state: _Tree) -> _Tree:
+    """Small arrays, put whole on every device of the mesh that the tree lies on.
 
-    None where the tree is traced, or lies on no mesh.
+    As they are where the tree is traced, or lies on no mesh.
     """
     for x in jax.tree.leaves(tree):
         sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
-        if isinstance(sharding, NamedSharding):
-            return NamedSharding(sharding.mesh, PartitionSpec())
-    return None
+        if not isinstance(sharding, NamedSharding):
+            continue
+        mesh = sharding.mesh
+        explicit = AxisType.Explicit in mesh.axis_types
+
+        def placed(x: jax.Array, mesh: Any = mesh, explicit: bool = explicit) -> jax.Array:
+            # Written as jit writes it on such a mesh, or the second step would compile again.
+            spec = PartitionSpec(*[None] * x.ndim) if explicit else PartitionSpec()
+            return jax.device_put(x, NamedSharding(mesh, spec))
+
+        return jax.tree.map(placed, state)
+    return state
 
 
 def plan(scope: Scope, updates: Any, axis_name: Any = None, sharded: Any = None) -> Plan:

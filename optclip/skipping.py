@@ -4,6 +4,7 @@ A factor of 0 is no skip: zeros still decay momentum, weight decay still acts, a
 advance. A wrapper can leave the optimizer it holds exactly as it was.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +14,7 @@ import optax
 
 from optclip import measuring, norms, scopes
 from optclip.methods import clip_by_param_norm, robust_clip
-from optclip.state import ClipState, whole
+from optclip.state import ClipState
 from optclip.thresholds.checking import check_choice, check_count, check_number
 
 SkipNonfinite = Literal["skip", "propagate"]
@@ -136,7 +137,7 @@ def skip_spikes(
             norms=empty(),
             losses=empty(),
         )
-        return whole(state, params)._replace(inner_state=held.init(params))
+        return measuring.whole_on_devices_of(params, state)._replace(inner_state=held.init(params))
 
     def update(
         updates: Any, state: Any, params: Any = None, *, loss: Any = None, **extra_args: Any
@@ -314,15 +315,16 @@ def safeguard(
     bound = clip_by_param_norm(ratio, axis_name=axis_name, sharded=sharded)
 
     def init(params: Any) -> SafeguardState:
+        whole = functools.partial(measuring.whole_on_devices_of, params)
         clip_state: Any = clip.init(params)
         bound_state: Any = bound.init(params)
         return SafeguardState(
             clip=clip_state,
             inner_state=held.init(params),
             bound=bound_state,
-            update_ratio=whole(jnp.zeros([], measuring.tree_dtype(params)), params),
-            skipping=whole(jnp.zeros([], bool), params),
-            skipped_steps=whole(jnp.zeros([], jnp.int32), params),
+            update_ratio=whole(jnp.zeros([], measuring.tree_dtype(params))),
+            skipping=whole(jnp.zeros([], bool)),
+            skipped_steps=whole(jnp.zeros([], jnp.int32)),
         )
 
     def update(

@@ -1,6 +1,6 @@
 """`ClipState`: what a clip remembers and what it read, and how a step moves it on."""
 
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,6 @@ import optax
 
 from optclip import measuring
 from optclip.thresholds.rules import Memory, Step
-
-_Tree = TypeVar("_Tree")
 
 RECENT_STEPS = 128
 """Over how many steps `ClipState.recent_clip_rate` looks back."""
@@ -95,13 +93,8 @@ def fresh(params: Any, memory: Memory = (), detail: Detail | tuple[()] = ()) -> 
         memory=memory,
         detail=detail,
     )
-    return whole(state, params)
-
-
-def whole(state: _Tree, params: Any) -> _Tree:
-    """A fresh state, on the parameters' mesh if they lie on one: one compilation, not two."""
-    mesh_wide = measuring.whole_on_devices_of(params)
-    return state if mesh_wide is None else jax.device_put(state, mesh_wide)
+    # Where the parameters lie on a mesh, so does the state: one compilation, not two.
+    return measuring.whole_on_devices_of(params, state)
 
 
 def advanced(
