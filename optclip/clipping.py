@@ -153,9 +153,11 @@ def clip_by(
                 share = _share_of_groups(group_norms, bound)
                 updates = measuring.rescale(plan, updates, factor)
             if nonfinite == "zero":
-                updates = measuring.zeroed_unless(plan, updates, finite)
+                updates = measuring.zeroed_unless(finite, updates)
                 factor = Factor(factor.coarse, jnp.where(finite, factor.fine, 0))
-        clipped_norms = group_norms * factor.coarse * factor.fine
+        clipped_norms = limiters.clipped_norm(magnitude, factor)
+        if nonfinite == "zero":
+            clipped_norms = jnp.where(finite, clipped_norms, 0)
         with jax.named_scope("optclip/observe"):
             memory = rule.observe(state.memory, step, shown, _as_kept(clipped_norms, state))
             # Neither a non-finite step nor, in its group, a norm of 0 is learned from.

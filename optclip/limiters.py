@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optclip.norms import Magnitude
+from optclip.norms import Magnitude, largest
 
 
 class Limiter(NamedTuple):
@@ -70,6 +70,14 @@ class Factor(NamedTuple):
     def product(self) -> jax.Array:
         """The factor as one number; 0 where it is too small."""
         return self.coarse * self.fine
+
+
+def clipped_norm(magnitude: Magnitude, factor: Factor) -> jax.Array:
+    """What is left of a norm, which may itself be too large for a float32."""
+    left = magnitude.value * factor.fine * (factor.coarse / jnp.minimum(magnitude.scale, 1))
+    left = left / jnp.maximum(magnitude.scale, 1)
+    most = largest(left.dtype)
+    return jnp.where(jnp.isfinite(magnitude.value), jnp.minimum(left, most), left)
 
 
 def factor_of(limiter: Limiter, magnitude: Magnitude, threshold: jax.Array) -> Factor:

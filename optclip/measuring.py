@@ -172,17 +172,24 @@ def measure(plan: Plan, norm: Norm, tree: Any) -> Magnitude:
         A `Magnitude` of arrays of shape `plan.shape`.
     """
     leaves = picked(plan, tree)
-    one = jnp.ones(plan.shape, plan.dtype)
+    if plan.dtype == jnp.float64:  # Beside 64-bit leaves the others are measured in 64 bits too.
+        leaves = [norms.widened(x, plan.dtype) for x in leaves]
 
     def finished(statistic: jax.Array, scale: jax.Array) -> Magnitude:
         return Magnitude(norm.finish(statistic, plan.sizes), lax.stop_gradient(scale))
 
+    # The modulus of a complex number may overflow where its parts do not: by a factor below 2.
+    halving = any(jnp.iscomplexobj(x) for x in leaves)
+    half = jnp.full(plan.shape, 0.5 if halving else 1, plan.dtype)
+    if norm.safety == "exact":
+        return finished(_statistics(plan, norm, leaves, half if halving else None), half)
     if norm.safety == "peak":
-        scale = norms.peak_scale(_statistics(plan, norms.linf, leaves, None))
+        peaks = _statistics(plan, norms.linf, leaves, half if halving else None)
+        scale = half * norms.peak_scale(peaks)
         return finished(_statistics(plan, norm, leaves, scale), scale)
     statistic = _statistics(plan, norm, leaves, None)
-    if norm.safety == "exact" or not any(norms.can_leave_range(x.dtype) for x in leaves):
-        return finished(statistic, one)
+    if not any(norms.can_leave_range(x.dtype) for x in leaves):
+        return finished(statistic, jnp.ones(plan.shape, plan.dtype))
     scale = norms.range_scale(norm, statistic, plan.sizes)
     statistic = lax.cond(
         jnp.all(scale == 1),
@@ -195,12 +202,18 @@ def measure(plan: Plan, norm: Norm, tree: Any) -> Magnitude:
 
 
 def picked(plan: Plan, tree: Any) -> list[jax.Array]:
-    """The leaves that take part; by path, since parameters may hold leaves the updates lack."""
-    leaves = dict(leaves_with_paths(tree))
-    missing = [member.path for member in plan.members if member.path not in leaves]
-    if missing:
-        raise ValueError(f"params has no leaf {missing[0]!r}, which the updates have")
-    return [jnp.asarray(leaves[member.path]) for member in plan.members]
+    """The leaves that take part, also of parameters that hold leaves which the updates lack."""
+    leaves = leaves_with_paths(tree)
+    by_path = dict(leaves)
+    found = []
+    for member in plan.members:
+        if member.index < len(leaves) and leaves[member.index][0] == member.path:
+            found.append(jnp.asarray(leaves[member.index][1]))
+        elif member.path in by_path:
+            found.append(jnp.asarray(by_path[member.path]))
+        else:
+            raise ValueError(f"params has no leaf {member.path!r}, which the updates have")
+    return found
 
 
 def _statistics(
@@ -301,7 +314,11 @@ def clamp(plan: Plan, updates: Any, limiter: Limiter, threshold: jax.Array) -> A
         wide, bound = norms.widened(x), bound.astype(norms.accumulator(x.dtype))
         if limiter.entry is not None and not jnp.iscomplexobj(x):
             return limiter.entry(wide, bound)
-        return norms.scaled(wide, limiter.factor(norms.modulus(wide), bound))
+        # At half the size: a modulus may overflow where the entry does not.
+        half = jnp.full([], 0.5, bound.dtype)
+        return norms.scaled(
+            wide, limiter.factor(norms.modulus(norms.scaled(wide, half)), half * bound)
+        )
 
     return _mapped(plan, updates, clamped)
 
@@ -328,9 +345,13 @@ def share_above(plan: Plan, updates: Any, threshold: jax.Array) -> jax.Array:
     return total / np.maximum(plan.sizes, 1).astype(plan.dtype)
 
 
-def zeroed_unless(plan: Plan, updates: Any, finite: jax.Array) -> Any:
-    """Zeros in place of every leaf that takes part, unless the step is finite."""
-    return _mapped(plan, updates, lambda member, x: lax.select(finite, x, jnp.zeros_like(x)))
+def zeroed_unless(finite: jax.Array, updates: Any) -> Any:
+    """Zeros in place of all updates, unless the step is finite."""
+
+    def zeroed(x: Any) -> Any:
+        return lax.select(finite, x, jnp.zeros_like(x)) if is_floating(x) else x
+
+    return jax.tree.map(zeroed, updates)
 
 
 def _mapped(plan: Plan, updates: Any, change: Callable[[Member, jax.Array], jax.Array]) -> Any:

@@ -310,7 +310,9 @@ def can_leave_range(dtype: Any) -> bool:
     """
     info = jnp.finfo(dtype)
     limits = _RANGES[accumulator(dtype)]
-    return float(info.max) ** 2 * 1e12 > limits.high or float(info.tiny) ** 2 < limits.lost
+    highest = 2 * math.log2(float(info.max)) + 40  # A sum of 2^40 squares.
+    lowest = 2 * math.log2(float(info.tiny))
+    return highest > math.log2(limits.high) or lowest < math.log2(limits.lost)
 
 
 def range_scale(norm: Norm, statistic: jax.Array, size: Size) -> jax.Array:
@@ -339,8 +341,8 @@ def peak_scale(peak: jax.Array) -> jax.Array:
 def pool(norm: Norm, norms: jax.Array, sizes: Size) -> Magnitude:
     """The norm of several groups together, from their norms: the norm of a vector of norms."""
     # A maximum may pass over NaN; infinity is as non-finite, and does not get lost.
-    peak = jnp.max(jnp.where(jnp.isfinite(norms), norms, jnp.inf), initial=0)
-    scale = peak_scale(peak)
+    norms = jnp.where(jnp.isfinite(norms), norms, jnp.inf)
+    scale = peak_scale(jnp.max(norms, initial=0))
     combine = norm.combine or jnp.max
     total = combine(norm.lift(norms * scale, sizes))
     return Magnitude(norm.finish(total, np.sum(np.asarray(sizes))), scale)

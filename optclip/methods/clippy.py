@@ -96,14 +96,15 @@ def clippy(
             factor = limiters.factor_of(limiters.rescale, magnitude, threshold)
             updates = measuring.rescale(plan, updates, factor)
             if nonfinite == "zero":
-                updates = measuring.zeroed_unless(plan, updates, finite)
-        clipped = ratios * factor.product()
+                updates = measuring.zeroed_unless(finite, updates)
+        product = jnp.where(finite, factor.product(), 0 if nonfinite == "zero" else 1)
+        clipped = ratios * product
         outcome = Outcome(
             finite=finite,
             norm=_largest(ratios, finite),
-            clipped_norm=_largest(clipped, finite),
+            clipped_norm=_largest(clipped, finite | (nonfinite == "zero")),
             threshold=jnp.ones([], plan.dtype),
-            factor=jnp.min(factor.product(), initial=1),
+            factor=jnp.min(product, initial=1),
             share=jnp.mean((ratios > threshold).astype(plan.dtype)) if ratios.size else rho * 0,
         )
         return updates, advanced(state, outcome, (), Detail(ratios, clipped) if detail else ())

@@ -124,7 +124,7 @@ def spam_clip(
             flat = [leaves.get(index, x) for index, x in enumerate(flat)]
             updates = jax.tree.unflatten(structure, flat)
             if nonfinite == "zero":
-                updates = measuring.zeroed_unless(plan, updates, finite)
+                updates = measuring.zeroed_unless(finite, updates)
         clipped = measuring.measure(plan, norms.linf, updates)
         bounds, factors = (
             (jnp.stack(x) for x in zip(*least, strict=True)) if least else (like, like)
@@ -133,12 +133,13 @@ def spam_clip(
         share = sum(above, like)
         if plan.axis_names:
             smallest, share = lax.pmin(smallest, plan.axis_names), lax.psum(share, plan.axis_names)
+        handed_on = 0 if nonfinite == "zero" else 1
         outcome = Outcome(
             finite=finite,
-            norm=magnitude.value,
-            clipped_norm=clipped.value,
+            norm=magnitude.saturated(),
+            clipped_norm=clipped.saturated(),
             threshold=smallest[0],
-            factor=smallest[1],
+            factor=jnp.where(finite, smallest[1], handed_on),
             share=share / max(float(plan.sizes), 1),
         )
         return updates, advanced(state, outcome, jax.tree.unflatten(treedef, learned))
