@@ -101,8 +101,8 @@ def clip_by(
         if not (detail and scope.one_group):
             return measuring.measure(plan, norm, updates), None
         by_leaf = look(updates, scopes.leaf)
-        leaf_norms = measuring.measure(by_leaf, norm, updates).saturated()
-        return norms.pool(norm, leaf_norms, by_leaf.sizes), leaf_norms
+        of_leaves = measuring.measure(by_leaf, norm, updates)
+        return norms.pool(norm, of_leaves, by_leaf.sizes), of_leaves.saturated()
 
     def init(params: Any) -> ClipState:
         dtype = measuring.tree_dtype(params)
@@ -164,8 +164,8 @@ def clip_by(
             memory = kept_unless(finite & (group_norms > 0), memory, state.memory)
         outcome = Outcome(
             finite=finite,
-            norm=_together(norm, plan, group_norms),
-            clipped_norm=_together(norm, plan, clipped_norms),
+            norm=_together(norm, plan, magnitude),
+            clipped_norm=_together(norm, plan, norms.plain(clipped_norms)),
             threshold=jnp.min(threshold, initial=jnp.inf),
             factor=jnp.min(factor.product(), initial=1),
             share=share,
@@ -235,10 +235,9 @@ def _share_of_entries(plan: Plan, updates: Any, peak: jax.Array, bound: jax.Arra
     )
 
 
-def _together(norm: Norm, plan: Plan, group_norms: jax.Array) -> jax.Array:
-    if plan.shape == ():
-        return group_norms
-    return norms.pool(norm, group_norms, plan.sizes).saturated()
+def _together(norm: Norm, plan: Plan, groups: Magnitude) -> jax.Array:
+    together = groups if plan.shape == () else norms.pool(norm, groups, plan.sizes)
+    return together.saturated()
 
 
 def _detail(

@@ -185,7 +185,7 @@ def measure(plan: Plan, norm: Norm, tree: Any) -> Magnitude:
         return finished(_statistics(plan, norm, leaves, half if halving else None), half)
     if norm.safety == "peak":
         peaks = _statistics(plan, norms.linf, leaves, half if halving else None)
-        scale = half * norms.peak_scale(peaks)
+        scale = norms.peak_scale(peaks, half)
         return finished(_statistics(plan, norm, leaves, scale), scale)
     statistic = _statistics(plan, norm, leaves, None)
     if not any(norms.can_leave_range(x.dtype) for x in leaves):

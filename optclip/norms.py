@@ -330,19 +330,31 @@ def range_scale(norm: Norm, statistic: jax.Array, size: Size) -> jax.Array:
     return scale
 
 
-def peak_scale(peak: jax.Array) -> jax.Array:
-    """The scale that brings the largest entry, `peak`, to about 1."""
-    tiny = jnp.asarray(jnp.finfo(peak.dtype).tiny, peak.dtype)
+def peak_scale(peak: jax.Array, measured_at: jax.Array) -> jax.Array:
+    """The scale that brings the largest entry to about 1, if `peak` is it at another scale."""
     usable = (peak > 0) & jnp.isfinite(peak)
-    # 1/peak is itself subnormal, and flushed, at the top of the range.
-    return jnp.where(usable, jnp.maximum(1 / jnp.where(usable, peak, 1), tiny), 1)
+    scale = measured_at * jnp.where(usable, 1 / jnp.where(usable, peak, 1), 1)
+    # At the top of the range the scale itself would be subnormal, and flushed.
+    return jnp.maximum(scale, jnp.asarray(jnp.finfo(peak.dtype).tiny, peak.dtype))
 
 
-def pool(norm: Norm, norms: jax.Array, sizes: Size) -> Magnitude:
+def pool(norm: Norm, groups: Magnitude, sizes: Size) -> Magnitude:
     """The norm of several groups together, from their norms: the norm of a vector of norms."""
+    least = jnp.min(groups.scale, initial=1)
+    values = groups.value * (least / groups.scale)
     # A maximum may pass over NaN; infinity is as non-finite, and does not get lost.
-    norms = jnp.where(jnp.isfinite(norms), norms, jnp.inf)
-    scale = peak_scale(jnp.max(norms, initial=0))
+    values = jnp.where(jnp.isfinite(values), values, jnp.inf)
+    peak = jnp.max(values, initial=0)
+    # Room for a total above the largest number; and XLA multiplies by reciprocals, of which that
+    # of the largest number would be flushed to zero.
+    room = jnp.where(jnp.isfinite(peak) & (peak > 1e25), jnp.asarray(2.0**-60, peak.dtype), 1)
+    values, peak = values * room, peak * room
+    unit = jnp.where((peak > 0) & jnp.isfinite(peak), peak, jnp.ones_like(peak))
     combine = norm.combine or jnp.max
-    total = combine(norm.lift(norms * scale, sizes))
-    return Magnitude(norm.finish(total, np.sum(np.asarray(sizes))), scale)
+    share = norm.finish(combine(norm.lift(values / unit, sizes)), np.sum(np.asarray(sizes)))
+    return Magnitude(share * unit, least * room)
+
+
+def plain(norms: jax.Array) -> Magnitude:
+    """Norms that are numbers, as a `Magnitude`."""
+    return Magnitude(norms, jnp.ones_like(norms))

@@ -201,7 +201,7 @@ def leaf_average(
 
     def make(learn_from: LearnFrom) -> Rule:
         def threshold(memory, step, norms, params):
-            together = norm_kinds.pool(norm_kinds.l2, norms, 1).saturated()
+            together = norm_kinds.pool(norm_kinds.l2, norm_kinds.plain(norms), 1).saturated()
             shrink = jnp.minimum(
                 1, at(max_norm, step.count, norms) / jnp.where(together > 0, together, 1)
             )
