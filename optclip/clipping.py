@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import limiters, measuring, norms, scopes, thresholds
+from optclip import devices, limiters, measuring, norms, scopes, thresholds
 from optclip.limiters import Factor, Limiter
 from optclip.measuring import Plan
 from optclip.norms import Magnitude, Norm
@@ -89,12 +89,17 @@ def clip_by(
         ([1.0, 1.0], [0.25, 0.25])
     """
     rule = thresholds.as_rule(rule)
+    _check(rule, scope, norm, limiter, nonfinite)
     if scope.per_entry:
         norm = norms.linf  # Every norm of one entry is its modulus; the tree's is the largest.
-    _check(rule, scope, norm, limiter, nonfinite)
 
     def look(updates: Any, scope: Scope = scope) -> Plan:
         return measuring.plan(scope, updates, axis_name, sharded)
+
+    def shape_of_groups(params: Any, scope: Scope) -> tuple[int, ...]:
+        # A state is mostly made outside the shard_map or pmap that updates run in, of whole leaves.
+        inside = devices.are_bound(axis_name)
+        return (look(params, scope) if inside else measuring.plan(scope, params)).shape
 
     def measure(plan: Plan, updates: Any) -> tuple[Magnitude, jax.Array | None]:
         """The norms of the groups; those of the leaves too where detail of one group is wanted."""
@@ -108,10 +113,10 @@ def clip_by(
         dtype = measuring.tree_dtype(params)
         memory: Memory = ()
         if rule.has_memory:
-            memory = rule.init(jnp.zeros(look(params).shape, dtype))
+            memory = rule.init(jnp.zeros(shape_of_groups(params, scope), dtype))
         groups: Detail | tuple[()] = ()
         if detail:
-            shape = look(params, scopes.leaf if scope.one_group else scope).shape
+            shape = shape_of_groups(params, scopes.leaf if scope.one_group else scope)
             groups = Detail(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
         return fresh(params, memory, groups)
 
@@ -227,7 +232,7 @@ def _share_of_groups(group_norms: jax.Array, threshold: jax.Array) -> jax.Array:
 def _share_of_entries(plan: Plan, updates: Any, peak: jax.Array, bound: jax.Array) -> jax.Array:
     # Counting reads the gradient once more, so it is left out where nothing is clipped.
     above = peak > bound
-    return jax.lax.cond(
+    return measuring.where_needed(
         above,
         lambda updates: measuring.share_above(plan, updates, bound),
         lambda updates: 0 * above.astype(plan.dtype),

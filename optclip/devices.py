@@ -46,6 +46,15 @@ def axis_names(axis_name: Any) -> tuple[str, ...] | None:
     return (axis_name,)
 
 
+def are_bound(axis_name: Any) -> bool:
+    """Whether this is inside the `shard_map` or `pmap` that `axis_name` speaks of."""
+    try:
+        axis_size(axis_names(axis_name) or ())
+    except NameError:
+        return False
+    return True
+
+
 def axis_size(names: tuple[str, ...]) -> int:
     """How many devices lie along all the axes together; 1 for none."""
     return math.prod(lax.axis_size(name) for name in names)
@@ -87,7 +96,8 @@ def split_of(path: str, leaf: jax.Array, axis_name: Any, sharded: Any) -> Split:
                 f"axis_name={axis_name!r} does not name: add it if the leaf is split over it, or "
                 "average the gradients over it first (jax.lax.pmean)"
             )
-        split = Split(tuple(name for name in names if name in varying))
+        over = tuple(name for name in names if name in varying)
+        split = Split(over, None if over else {})
     else:
         raise ValueError(
             f"axis_name={axis_name!r}: JAX does not track here over which axes {path!r} is split "
@@ -106,16 +116,22 @@ def _said(path: str, answer: Any, names: tuple[str, ...]) -> Split:
         return WHOLE
     if isinstance(answer, PartitionSpec):
         dims = {dim: _flat(entry) for dim, entry in enumerate(answer) if entry is not None}
-        dims = {dim: tuple(n for n in entry if n in names) for dim, entry in dims.items()}
+        # Axes that are not manual here are the compiler's: along them the leaf is whole.
+        dims = {dim: tuple(n for n in entry if are_bound(n)) for dim, entry in dims.items()}
+        _known(path, tuple(name for entry in dims.values() for name in entry), names)
         return Split(tuple(name for entry in dims.values() for name in entry), dims)
     flat = _flat(answer)
-    unknown = [name for name in flat if name not in names]
+    _known(path, flat, names)
+    return Split(flat, None if flat else {})
+
+
+def _known(path: str, answer: tuple[str, ...], names: tuple[str, ...]) -> None:
+    unknown = [name for name in answer if name not in names]
     if unknown:
         raise ValueError(
             f"sharded= says that {path!r} is split over {unknown[0]!r}, which axis_name={names!r} "
-            "does not name"
+            "does not name: add it there"
         )
-    return Split(flat, None if flat else {})
 
 
 def _flat(entry: Any) -> tuple[str, ...]:

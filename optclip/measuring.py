@@ -118,23 +118,24 @@ def plan(scope: Scope, updates: Any, axis_name: Any = None, sharded: Any = None)
     for index, ((path, x), label) in enumerate(zip(leaves, labels, strict=True)):
         if label is None or not is_floating(x) or not math.prod(jnp.shape(x)):
             continue
-        axes = scope.axes(path, jnp.shape(x))
+        split = devices.split_of(path, x, axis_name, said[index])
+        shape = _whole_shape(jnp.shape(x), split, path, needed=not scope.whole_leaves)
+        axes = scope.axes(path, shape)
         if axes is None:
             continue
-        axes = _checked_axes(axes, path, jnp.shape(x))
-        split = devices.split_of(path, x, axis_name, said[index])
-        kept = _kept(jnp.shape(x), axes, split, path)
+        axes = _checked_axes(axes, path, shape)
+        kept = tuple(1 if axis in axes else length for axis, length in enumerate(shape))
         start = places.setdefault(label, total) if scope.labels else total
         total = max(total, start + math.prod(kept))
         members.append(Member(index, path, axes, start, kept, split))
-    shape = () if scope.one_group else (total,)
+    vector = () if scope.one_group else (total,)
     sizes = np.zeros(1 if scope.one_group else total)
     for member in members:
         entries = math.prod(jnp.shape(leaves[member.index][1])) * member.split.parts
         sizes[member.start : member.start + member.groups] += entries / member.groups
     dtype = tree_dtype([leaves[member.index][1] for member in members])
     names = devices.axis_names(axis_name) or ()
-    return Plan(tuple(members), shape, sizes.reshape(shape), dtype, names)
+    return Plan(tuple(members), vector, sizes.reshape(vector), dtype, names)
 
 
 def _checked_axes(axes: Any, path: str, shape: tuple[int, ...]) -> Axes:
@@ -144,19 +145,19 @@ def _checked_axes(axes: Any, path: str, shape: tuple[int, ...]) -> Axes:
     return tuple(sorted({axis % len(shape) for axis in axes}))
 
 
-def _kept(shape: tuple[int, ...], axes: Axes, split: devices.Split, path: str) -> tuple[int, ...]:
-    """Shape of the groups in the whole leaf, of which `shape` may be one device's part."""
-    kept = tuple(1 if axis in axes else length for axis, length in enumerate(shape))
-    if not split.names or len(axes) == len(shape):
-        return kept
+def _whole_shape(
+    part: tuple[int, ...], split: devices.Split, path: str, *, needed: bool
+) -> tuple[int, ...]:
+    """Shape of the whole leaf of which `part` may be one device's part."""
     if split.dims is None:
-        raise ValueError(
-            f"{path!r} is split over {list(split.names)}, but along which of its dimensions? Norms "
-            "of units need to know: pass sharded= with a PartitionSpec for it"
-        )
+        if needed:
+            raise ValueError(
+                f"{path!r} is split over {list(split.names)}, but along which of its dimensions? "
+                "Norms of units need to know: pass sharded= with a PartitionSpec for it"
+            )
+        return part
     return tuple(
-        length if axis in axes else length * devices.axis_size(split.dims.get(axis, ()))
-        for axis, length in enumerate(kept)
+        length * devices.axis_size(split.dims.get(axis, ())) for axis, length in enumerate(part)
     )
 
 
@@ -191,14 +192,23 @@ def measure(plan: Plan, norm: Norm, tree: Any) -> Magnitude:
     if not any(norms.can_leave_range(x.dtype) for x in leaves):
         return finished(statistic, jnp.ones(plan.shape, plan.dtype))
     scale = norms.range_scale(norm, statistic, plan.sizes)
-    statistic = lax.cond(
-        jnp.all(scale == 1),
-        lambda leaves, scale: statistic,
+    statistic = where_needed(
+        jnp.any(scale != 1),
         lambda leaves, scale: _statistics(plan, norm, leaves, scale),
+        lambda leaves, scale: statistic,
         leaves,
         scale,
     )
     return finished(statistic, scale)
+
+
+def where_needed(
+    needed: jax.Array, compute: Callable[..., Any], otherwise: Callable[..., Any], *operands: Any
+) -> Any:
+    """One of two functions; the branch is Python's outside jit, where XLA's would compile anew."""
+    if isinstance(needed, Tracer):
+        return lax.cond(needed, compute, otherwise, *operands)
+    return compute(*operands) if needed else otherwise(*operands)
 
 
 def picked(plan: Plan, tree: Any) -> list[jax.Array]:

@@ -340,6 +340,8 @@ def peak_scale(peak: jax.Array, measured_at: jax.Array) -> jax.Array:
 
 def pool(norm: Norm, groups: Magnitude, sizes: Size) -> Magnitude:
     """The norm of several groups together, from their norms: the norm of a vector of norms."""
+    if not groups.value.size:
+        return plain(jnp.zeros([], groups.value.dtype))
     least = jnp.min(groups.scale, initial=1)
     values = groups.value * (least / groups.scale)
     # A maximum may pass over NaN; infinity is as non-finite, and does not get lost.

@@ -34,6 +34,7 @@ class Scope(NamedTuple):
         order: The labels in the order of their groups; None for the order of appearance.
         one_group: Whether there is one norm, a scalar, however many leaves there are (also none).
         per_entry: Whether entries are limited one by one, by the one threshold.
+        whole_leaves: Whether no leaf is divided, whatever its shape.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Scope(NamedTuple):
     order: tuple[Label, ...] | None = None
     one_group: bool = False
     per_entry: bool = False
+    whole_leaves: bool = False
 
 
 def _whole(path: str, shape: tuple[int, ...]) -> Axes:
@@ -52,13 +54,13 @@ def _same(updates: Any) -> list[Label]:
     return ["all"] * len(jax.tree.leaves(updates))
 
 
-tree = Scope("tree", _whole, labels=_same, one_group=True)
+tree = Scope("tree", _whole, labels=_same, one_group=True, whole_leaves=True)
 """The whole tree shares one norm: the global norm."""
 
-leaf = Scope("leaf", _whole)
+leaf = Scope("leaf", _whole, whole_leaves=True)
 """Every leaf has a norm of its own."""
 
-element = Scope("element", _whole, labels=_same, one_group=True, per_entry=True)
+element = Scope("element", _whole, labels=_same, one_group=True, per_entry=True, whole_leaves=True)
 """Every entry is its own group. The norm reported, and shown to the rule, is the largest |x|."""
 
 
@@ -92,7 +94,8 @@ def group(labels: Any, order: Sequence[Label] | None = None) -> Scope:
                 )
         return answers
 
-    return Scope("group", _whole, labels_of, None if order is None else tuple(order))
+    ordered = None if order is None else tuple(order)
+    return Scope("group", _whole, labels_of, ordered, whole_leaves=True)
 
 
 def unit(axes: UnitAxes = None) -> Scope:

@@ -42,6 +42,10 @@ class Method(NamedTuple):
         """The transformation, with some arguments changed."""
         return getattr(optclip, self.name)(**{**self.arguments, **changes})
 
+    def takes(self, argument: str) -> bool:
+        """Whether it has an argument of this name."""
+        return argument in inspect.signature(getattr(optclip, self.name)).parameters
+
     def __str__(self) -> str:
         return f"{self.name}-{self.variant}" if self.variant else self.name
 
@@ -82,7 +86,9 @@ METHODS = (
         scope="group",
         traced=("max_norm",),
     ),
-    Method("clip_by_block_rms", {"threshold": 0.1}, scope="leaf", norm="rms", traced=("threshold",)),
+    Method(
+        "clip_by_block_rms", {"threshold": 0.1}, scope="leaf", norm="rms", traced=("threshold",)
+    ),
     Method(
         "adaptive_grad_clip",
         {"clipping": 0.05, "eps": 1e-3},

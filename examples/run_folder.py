@@ -1,0 +1,247 @@
+"""The folder of one run: the log of its steps and a checkpoint per epoch, and how to go on from it.
+
+::
+
+    steps.jsonl     one line of JSON per step; null where a number is not finite
+    checkpoints/    one per epoch, by orbax; the last two are kept
+    run.png         the picture, when the run is done
+    tensorboard/    event files, where asked for
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from mnist_options import UsageError
+
+Row = dict[str, Any]
+
+
+def json_ready(value: Any) -> Any:
+    """A number as JSON knows it: null where it is not finite."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class RunFolder:
+    """Where one run keeps what it did: `begin` it, then `append` steps and `save` epochs.
+
+    Attributes:
+        path: The folder.
+        picture: Where the picture goes.
+        note: What a person should know before the run begins; empty if nothing.
+    """
+
+    def __init__(
+        self, path: Path, settings: Row, epochs: int, resume: bool, tensorboard: bool = False
+    ):
+        """Looks whether the run can be kept here; takes nothing away yet.
+
+        Args:
+            path: The folder; made if need be.
+            settings: What a checkpoint must agree with to be resumed.
+            epochs: How many the run is to have in the end.
+            resume: Whether to go on from the last checkpoint, or to start anew.
+            tensorboard: Whether to write event files too.
+
+        Raises:
+            UsageError: If the folder cannot be written, is somebody else's, or has nothing to
+                resume.
+        """
+        self.path = path
+        self.picture = path / "run.png"
+        self.note = ""
+        self._log = path / "steps.jsonl"
+        self._checkpoints = path / "checkpoints"
+        self._board_path = path / "tensorboard"
+        self._board: Any = None
+        self._with_board = tensorboard
+        self._settings = settings
+        self._steps = 0
+        self._epochs: list[Row] = []  # of the run to be resumed
+        if resume:
+            self._epochs = self._look_at_checkpoint(epochs)
+        else:
+            self._look_at_folder()
+
+    def begin(self, state: Any) -> tuple[Any, list[Row]]:
+        """Starts the run anew, or goes back to the last checkpoint and cuts the log off there.
+
+        Args:
+            state: A fresh state.
+
+        Returns:
+            The state to go on from, and a row for each epoch behind it.
+
+        Raises:
+            UsageError: If the checkpoint or the log does not fit.
+        """
+        if self._epochs:
+            state = self._restore(state)
+            self._steps = self._epochs[-1]["steps"]
+            self._truncate_log(self._steps)
+        else:
+            self._log.write_bytes(b"")
+            self.picture.unlink(missing_ok=True)
+            for old in (self._checkpoints, self._board_path):
+                shutil.rmtree(old, ignore_errors=True)
+        if self._with_board:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(self._board_path), purge_step=self._steps + 1)
+        return state, list(self._epochs)
+
+    def last_epoch(self) -> int:
+        """The epoch of the last checkpoint; 0 if there is none."""
+        if not self._checkpoints.is_dir():
+            return 0
+        with self._manager() as manager:
+            return manager.latest_step() or 0
+
+    def append(self, epoch: int, readings: list[Row]) -> list[Row]:
+        """Adds steps to the log, and hands back their rows."""
+        rows = []
+        for reading in readings:
+            self._steps += 1
+            values = {name: json_ready(value) for name, value in reading.items()}
+            first = {"step": self._steps, "epoch": epoch, "loss": values["loss"]}
+            rows.append(first | values)
+        with self._log.open("a") as log:
+            log.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows:
+            scalars = {name: row[name] for name in row if name not in ("step", "epoch")}
+            self._show_on_board(scalars, row["step"])
+        return rows
+
+    def save(self, state: Any, epochs: list[Row]) -> None:
+        """Makes the checkpoint of the epoch that just ended."""
+        with self._log.open("rb") as log:
+            os.fsync(log.fileno())  # a checkpoint never knows of steps that the log does not
+        about = {"settings": self._settings, "epochs": epochs}
+        with self._manager() as manager:
+            manager.save(
+                epochs[-1]["epoch"],
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
+                ),
+            )
+        tests = {name: epochs[-1][name] for name in ("test_loss", "test_accuracy")}
+        self._show_on_board(tests, epochs[-1]["steps"])
+
+    def rows(self) -> list[Row]:
+        """Every step in the log."""
+        with self._log.open() as log:
+            return [json.loads(line) for line in log]
+
+    def close(self) -> None:
+        """Finishes the event files."""
+        if self._board is not None:
+            self._board.close()
+
+    def _look_at_folder(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._log.open("a").close()
+        except OSError as error:
+            raise UsageError(
+                f"--out {self.path} cannot be written ({error.strerror}); choose another folder"
+            ) from None
+        if self._log.stat().st_size:
+            self.note = f"{self.path} held an earlier run, which this one replaces."
+        elif self._checkpoints.exists():
+            raise UsageError(
+                f"--out {self.path} has checkpoints that are not from this script; "
+                "choose another folder"
+            )
+
+    def _look_at_checkpoint(self, epochs: int) -> list[Row]:
+        last = self.last_epoch()
+        if not last:
+            raise UsageError(
+                f"--resume: there is no checkpoint in {self.path}; leave --resume out to start"
+            )
+        with self._manager() as manager:
+            args = ocp.args.Composite(about=ocp.args.JsonRestore())
+            about = manager.restore(last, args=args)["about"]
+        now, then = self._settings, about["settings"]
+        other = [name for name in now if now[name] != then.get(name)]
+        if other:
+            was = ", ".join(f"{name} {then.get(name)!r}, not {now[name]!r}" for name in other)
+            raise UsageError(
+                f"--resume: the run in {self.path} has {was}; "
+                "repeat the options of that run, or choose another --out"
+            )
+        if last > epochs:
+            raise UsageError(
+                f"--resume: the run in {self.path} has {last} epochs already; "
+                f"give --epochs {last} or more"
+            )
+        self.note = f"Going on after epoch {last} of {self.path}."
+        return about["epochs"]
+
+    def _restore(self, state: Any) -> Any:
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+        with self._manager() as manager:
+            try:
+                return manager.restore(self._epochs[-1]["epoch"], args=args)["state"]
+            except (KeyError, TypeError, ValueError) as error:
+                raise UsageError(
+                    f"--resume: the checkpoint in {self.path} does not fit this network and "
+                    f"optimizer ({' '.join(str(error).split())[:200]}); leave --resume out"
+                ) from error
+
+    def _truncate_log(self, steps: int) -> None:
+        self._log.touch()
+        with self._log.open("rb+") as log:
+            lines = [line for _, line in zip(range(steps), log, strict=False)]
+            if len(lines) < steps or json.loads(lines[-1])["step"] != steps:
+                raise UsageError(
+                    f"--resume: {self._log} does not hold the {steps} steps of the checkpoint; "
+                    "leave --resume out to start again"
+                )
+            log.seek(sum(map(len, lines)))
+            log.truncate()
+
+    def _manager(self) -> ocp.CheckpointManager:
+        # Not asynchronous: a checkpoint of this size takes milliseconds, and is then surely there.
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        return ocp.CheckpointManager(self._checkpoints.absolute(), options=options)
+
+    def _show_on_board(self, scalars: Row, step: int) -> None:
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, math.nan if value is None else value, step)
+
+
+class Interruption:
+    """Turns the first Ctrl-C or SIGTERM into a flag to be looked at between two steps.
+
+    So that neither a line of the log nor a checkpoint is cut in half. A second one stops at once.
+    """
+
+    def __init__(self, signals: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM)):
+        self.requested = False
+        self._signals = tuple(signals)
+        self._earlier: list[Any] = []
+
+    def __enter__(self) -> "Interruption":
+        self._earlier = [signal.signal(number, self._handle) for number in self._signals]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in zip(self._signals, self._earlier, strict=True):
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True

@@ -1,0 +1,164 @@
+"""Methods at work: compiled once, warmed up, read, and compared with their oracles."""
+
+import copy
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+import strategies
+from registry import METHODS, Method
+from samples import quick_jit
+
+import optclip
+
+each_method = pytest.mark.parametrize("method", METHODS, ids=str)
+
+LARGEST = float(np.finfo(np.float32).max)
+TINY = float(np.finfo(np.float32).tiny)
+WARM_UP = 200
+"""Ordinary steps that a method with memory has seen before it is put to the test."""
+
+ROUNDOFF = {"float32": 2e-6, "complex64": 2e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+ROUNDOFF |= {"float8_e4m3fn": 2.0**-4, "float8_e5m2": 2.0**-3}
+"""By how much, relatively, a clipped entry may be off in its own type."""
+
+DEFAULTS = {"nonfinite": "propagate", "detail": False}
+
+_PROGRAMS: dict[Any, Any] = {}
+
+
+def compiled(method: Method, **changes: Any) -> Any:
+    """The method's `update`, compiled; the same function for the same arguments."""
+    changes = {name: value for name, value in changes.items() if DEFAULTS[name] != value}
+    key = (str(method), *sorted(changes.items()))
+    if key not in _PROGRAMS:
+        _PROGRAMS[key] = quick_jit(method.build(**changes).update)
+    return _PROGRAMS[key]
+
+
+def compiled_with_traced_arguments(method: Method) -> Any:
+    """`update` as a function of the method's traced arguments too, compiled."""
+    key = (str(method), "traced")
+    if key not in _PROGRAMS:
+        _PROGRAMS[key] = quick_jit(
+            lambda arguments, updates, state, params: method.build(**arguments).update(
+                updates, state, params
+            )
+        )
+    return _PROGRAMS[key]
+
+
+class Start(NamedTuple):
+    """Where a test begins.
+
+    Attributes:
+        params: Ordinary parameters.
+        state: The method's state: a fresh one, or after `WARM_UP` ordinary steps.
+        oracle: The oracle in the same place.
+    """
+
+    params: Any
+    state: Any
+    oracle: oracles.Clip
+
+
+def start(method: Method, tree: str, **changes: Any) -> Start:
+    """A beginning for one of `strategies.TREES`.
+
+    Entries are about 0.1 while a method warms up, so that those about 1 come as a spike.
+    """
+    found = _started(str(method), tree, tuple(sorted(changes.items())))
+    return found._replace(oracle=copy.deepcopy(found.oracle))
+
+
+@functools.cache
+def _started(name: str, tree: str, changes: tuple[tuple[str, Any], ...]) -> Start:
+    method = next(method for method in METHODS if str(method) == name)
+    specs = strategies.TREES[tree]
+    params = strategies.parameters(specs)
+    update = compiled(method, **dict(changes))
+    state, oracle = method.build(**dict(changes)).init(params), oracles.oracle_of(method)
+    for seed in range(WARM_UP if method.has_memory else 0):
+        gradient = strategies.values(specs, seed=seed, scale=0.1)
+        _, state = update(gradient, state, params)
+        oracle.step(gradient, params)
+    return Start(params, state, oracle)
+
+
+def clip_state(state: Any) -> optclip.ClipState:
+    """The one `ClipState` in a method's state."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, optclip.ClipState))
+    (found,) = [node for node in nodes if isinstance(node, optclip.ClipState)]
+    return found
+
+
+def readings(state: Any) -> dict[str, float]:
+    """What `metrics` says about a method, without its prefix."""
+    found = optclip.metrics(state).items()
+    return {
+        name.removeprefix("clip/"): float(value) for name, value in found if name[:5] == "clip/"
+    }
+
+
+def kind_of(method: Method) -> str:
+    """The norm of the method's readings."""
+    return "linf" if method.scope == "element" else method.norm
+
+
+def norm_of_all(tree: Any, groups: list[oracles.Group], kind: str) -> float:
+    """The norm of all groups together."""
+    return oracles.norm_of(tree, [part for group in groups for part in group], kind)
+
+
+def held(norms: Any) -> np.ndarray:
+    """Norms as a float32 holds them: at most the largest."""
+    return np.minimum(np.asarray(norms, np.float64), LARGEST)
+
+
+def assert_right(actual: Any, expected: Any, rtol: float = 1e-5, where: str = "") -> None:
+    """Numbers within `rtol`; what is below the normal float32 numbers may be flushed to zero."""
+    np.testing.assert_allclose(
+        np.asarray(actual, np.float64), np.asarray(expected), rtol=rtol, atol=TINY, err_msg=where
+    )
+
+
+def assert_entries_right(actual: Any, expected: Any, rtol: float = 1e-5) -> None:
+    """Every entry within `rtol` and its type's roundoff; subnormal ones within a half step."""
+    pairs = zip(oracles.leaves_with_paths(actual), jax.tree.leaves(expected), strict=True)
+    for (path, leaf), right in pairs:
+        if oracles.takes_part(leaf):
+            off = np.abs(oracles.wide(leaf) - right)
+            allowed = (rtol + ROUNDOFF[leaf.dtype.name]) * np.abs(right) + slack(leaf.dtype)
+            worst = np.argmax(off - allowed)
+            assert np.all(off <= allowed), (
+                f"{path}: {oracles.wide(leaf).flat[worst]} where {np.ravel(right)[worst]} is right"
+            )
+
+
+def slack(dtype: Any) -> float:
+    """By how much an entry may be off that is too small for its type: flushed, or half a step."""
+    limits = jnp.finfo(dtype)
+    flushed = limits.dtype.name in ("float32", "bfloat16")
+    return 2 * float(limits.tiny) if flushed else float(limits.smallest_subnormal) / 2
+
+
+def bound_of(tree: Any, group: oracles.Group, kind: str, threshold: float) -> float:
+    """How large the norm of a clipped group may be once its entries are rounded to their types.
+
+    The threshold, its entries' roundoff, and half a step for each of those too small for that.
+    """
+    leaves = jax.tree.leaves(tree)
+    dtypes = {leaves[place].dtype for place, _ in group}
+    steps = [
+        np.full(np.shape(leaves[place][selector]), float(jnp.finfo(dtype).smallest_subnormal) / 2)
+        for place, selector in group
+        if (dtype := leaves[place].dtype).name not in ("float32", "bfloat16", "complex64")
+    ]
+    small = oracles.norm(np.concatenate([np.zeros(0), *map(np.ravel, steps)]), kind) if steps else 0
+    roundoff = max(ROUNDOFF[dtype.name] for dtype in dtypes)
+    return threshold * (1 + roundoff) + (small if math.isfinite(threshold) else 0)

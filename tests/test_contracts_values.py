@@ -1,0 +1,193 @@
+"""Contracts 1 and 3: types and shapes are kept, bounds hold, and updates are the oracles'."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from running import (
+    assert_entries_right,
+    assert_right,
+    bound_of,
+    clip_state,
+    compiled,
+    each_method,
+    held,
+    kind_of,
+    norm_of_all,
+    readings,
+    start,
+)
+from samples import assert_same, quick_jit
+from strategies import TREES, TYPES, few, fillings, parameters, spec, structures, values
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+THRESHOLDS = {
+    "float": float,
+    "numpy float64": np.float64,
+    "numpy float32": np.float32,
+    "bfloat16": jnp.bfloat16,
+    "float32": jnp.float32,
+    "schedule": lambda value: lambda count: value,
+    "traced": lambda value: value,
+}
+"""What a number may be given as."""
+
+
+def update_with(method, threshold, arguments, updates, params):
+    """One update with the traced arguments as a type of threshold."""
+    cast = THRESHOLDS[threshold]
+    transform = method.build(**{name: cast(value) for name, value in arguments.items()})
+    return transform.update(updates, transform.init(params), params)
+
+
+def types_for(method):
+    """Rules without memory take schedules."""
+    return [kind for kind in THRESHOLDS if kind != "schedule" or not method.has_memory]
+
+
+def numbers_of(method):
+    """The method's traced arguments, rounded to what every type of threshold can hold."""
+    return {name: float(jnp.bfloat16(method.arguments[name])) for name in method.traced}
+
+
+# Contract 1
+
+
+@each_method
+@few(25)
+@given(tree=structures(), param_type=st.sampled_from(TYPES[:3]), data=st.data())
+def test_1_dtype_and_shape_in_are_dtype_and_shape_out(method, tree, param_type, data):
+    threshold = data.draw(st.sampled_from(types_for(method)))
+    numbers = numbers_of(method)
+    params = jax.tree.map(lambda x: spec(x.shape, param_type), tree)
+    if threshold == "traced":
+        updates, _ = jax.eval_shape(
+            lambda *given: update_with(method, threshold, *given), numbers, tree, params
+        )
+    else:
+        updates, _ = jax.eval_shape(
+            lambda *given: update_with(method, threshold, numbers, *given), tree, params
+        )
+    assert jax.tree.structure(updates) == jax.tree.structure(tree)
+    for before, after in zip(jax.tree.leaves(tree), jax.tree.leaves(updates), strict=True):
+        assert (after.shape, after.dtype, after.weak_type) == (before.shape, before.dtype, False)
+
+
+@each_method
+def test_1_every_type_of_threshold_means_the_same(method):
+    tree = {"a": spec((3, 4), "float16"), "b": [spec((5,), "float16"), spec((), "float16")]}
+    kinds, numbers = types_for(method), numbers_of(method)
+
+    @quick_jit
+    def with_every_type(traced, updates, params):
+        given = {**dict.fromkeys(kinds, numbers), "traced": traced}
+        return [update_with(method, kind, given[kind], updates, params) for kind in kinds]
+
+    outcomes = with_every_type(numbers, values(tree), parameters(tree))
+    for updates, state in outcomes:
+        assert_same(updates, outcomes[0][0])
+        assert_same(state, outcomes[0][1])
+
+
+# Contract 3
+
+
+@each_method
+@few(25)
+@given(name=st.sampled_from(("nested", "types")), filling=fillings())
+def test_3_updates_and_readings_are_the_oracles(method, name, filling):
+    begin = start(method, name)
+    gradient = values(TREES[name], *filling)
+    outcome = begin.oracle.peek(gradient, begin.params)
+    updates, state = compiled(method)(gradient, begin.state, begin.params)
+    rtol = 1e-4 if method.has_memory else 1e-5
+    assert_entries_right(updates, outcome.updates, rtol)
+    read, kind = readings(state), kind_of(method)
+    clipped = norm_of_all(outcome.updates, outcome.groups, kind)
+    assert_right(read["clipped_norm"], held(clipped), rtol, "clipped_norm")
+    assert_right(read["threshold"], min(outcome.thresholds), rtol, "threshold")
+    pairs = list(zip(outcome.norms, outcome.thresholds, strict=True))
+    factors = [begin.oracle.limiter(*pair) for pair in pairs]
+    assert_right(read["factor"], min(factors), rtol, "factor")
+    if method.scope == "element":
+        (bound,) = outcome.thresholds
+        sizes = [oracles.moduli(x) for x in jax.tree.leaves(gradient) if oracles.takes_part(x)]
+        share = np.mean(np.concatenate(sizes) > bound)
+    else:
+        share = np.mean([size > bound for size, bound in pairs])
+    before, steps = readings(begin.state)["clip_rate"], int(clip_state(begin.state).count)
+    assert_right(read["clip_rate"], before + (share - before) / (steps + 1), rtol, "clip_rate")
+
+
+@each_method
+@few(25)
+@given(
+    name=st.sampled_from(("nested", "types")),
+    filling=fillings(),
+    scale=st.sampled_from((1e-3, 0.03, 1.0, 30.0)),
+)
+def test_3_the_bound_holds_and_below_it_nothing_changes(method, name, filling, scale):
+    begin = start(method, name)
+    gradient = values(TREES[name], *filling, scale)
+    outcome = begin.oracle.peek(gradient, begin.params)
+    updates, state = compiled(method)(gradient, begin.state, begin.params)
+    assert_bounded(method, gradient, updates, outcome, readings(state)["threshold"])
+
+
+@each_method
+def test_3_at_ordinary_gradients_some_are_clipped_and_a_thousandth_is_not(method):
+    begin = start(method, "nested")
+    for scale in (1.0, 1e-3):
+        gradient = values(TREES["nested"], scale=scale)
+        outcome = begin.oracle.peek(gradient, begin.params)
+        updates, state = compiled(method)(gradient, begin.state, begin.params)
+        assert_bounded(method, gradient, updates, outcome, readings(state)["threshold"])
+        clips = any(n > t for n, t in zip(outcome.norms, outcome.thresholds, strict=True))
+        assert clips == (scale == 1 and math.isfinite(min(outcome.thresholds)))
+        if method.hard and not clips:
+            assert_same(updates, gradient)
+
+
+def assert_bounded(method, gradient, updates, outcome, reported):
+    """Checks every group's norm after clipping, and that what is below its threshold is the same.
+
+    A threshold that was learnt in float32 is taken from the readings where there is one.
+    """
+    before, after = jax.tree.leaves(gradient), jax.tree.leaves(updates)
+    for group, size, right in zip(outcome.groups, outcome.norms, outcome.thresholds, strict=True):
+        threshold = right
+        if method.has_memory:
+            threshold = reported if len(outcome.groups) == 1 else right * (1 + 1e-4)
+        if method.scope == "element":
+            for place, _ in group:
+                clipped = oracles.norm(oracles.moduli(after[place]), "linf")
+                assert clipped <= bound_of(gradient, [(place, ...)], "linf", threshold)
+                below = oracles.moduli(before[place]) < threshold * (1 - 1e-5)
+                assert np.ravel(before[place])[below].tobytes() == (
+                    np.ravel(after[place])[below].tobytes()
+                )
+        else:
+            clipped = oracles.norm_of(updates, group, method.norm)
+            assert clipped <= bound_of(gradient, group, method.norm, threshold)
+            if method.hard and size < threshold * (1 - 1e-5):
+                for place, selector in group:
+                    assert before[place][selector].tobytes() == after[place][selector].tobytes()
+
+
+@each_method
+def test_3_negative_zeros_and_a_threshold_that_is_met_exactly(method):
+    zeros = {dtype: jnp.asarray([-0.0, 0.0, -0.0], dtype) for dtype in TYPES}
+    cases = [(method.build(), zeros)]
+    if method.hard and not method.has_memory:
+        met = {"w": jnp.asarray([-0.0, 4.0, 0.0, -0.0], jnp.float32)}
+        cases.append((method.build(**dict.fromkeys(method.traced, 4.0)), met))
+    for transform, gradient in cases:
+        params = jax.tree.map(jnp.ones_like, gradient)
+        updates, _ = transform.update(gradient, transform.init(params), params)
+        assert_same(updates, gradient)

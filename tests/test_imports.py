@@ -1,0 +1,127 @@
+"""Imports run one way, bring nothing that is not needed, and take no time."""
+
+import ast
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import optclip
+
+PACKAGE = pathlib.Path(optclip.__file__).parent
+
+LAYERS = (
+    {"norms", "devices"},
+    {"scopes", "limiters", "thresholds"},
+    {"measuring"},
+    {"state"},
+    {"clipping"},
+    {"methods"},
+    {"skipping"},
+    {"readings"},
+    {"optclip"},
+    {"tuning"},
+)
+"""A module may import from its own layer and from those before it, but not in a circle."""
+
+WITH_OPTAX = {"state", "clipping", "methods", "skipping"}
+OUTSIDE = {name: {"jax", "numpy", "optax"} for name in WITH_OPTAX}
+"""What else a module may import; jax and numpy, which comes with jax, where nothing is said."""
+
+ANYTHING = {"tuning"}
+"""On top, with extras of its own."""
+
+
+def modules():
+    """From module name ("norms", "methods.adaptive", "optclip" for the package) to source."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        yield ".".join(part for part in parts if part != "__init__") or "optclip", file.read_text()
+
+
+def imports(name, source):
+    """(modules of the package, other packages) that a module imports, anywhere in its source."""
+    inside, outside = set(), set()
+    known = dict(modules())
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import"
+            found = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for path in found:
+            package, *rest = path.split(".")
+            if package != "optclip":
+                outside.add(package)
+                continue
+            while rest and ".".join(rest) not in known:  # A name in a module, not a module.
+                rest = rest[:-1]
+            inside.add(".".join(rest) or "optclip")
+    return inside, outside
+
+
+def layer_of(name):
+    (layer,) = (place for place, names in enumerate(LAYERS) if name.split(".")[0] in names)
+    return layer
+
+
+@pytest.mark.parametrize("name", dict(modules()))
+def test_imports_run_one_way(name):
+    inside, outside = imports(name, dict(modules())[name])
+    assert not [other for other in inside if layer_of(other) > layer_of(name)]
+    top = name.split(".")[0]
+    if top not in ANYTHING:
+        assert outside - sys.stdlib_module_names <= OUTSIDE.get(top, {"jax", "numpy"})
+        assert "tuning" not in {other.split(".")[0] for other in inside}
+
+
+def test_imports_do_not_run_in_a_circle():
+    known = dict(modules())
+    left = {name: imports(name, source)[0] & known.keys() for name, source in known.items()}
+    while ready := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in ready:
+            del left[name]
+    assert not left
+
+
+def test_the_lowest_layers_do_not_know_each_other():
+    known = dict(modules())
+    for lower in LAYERS[:2]:
+        for name in lower:
+            assert not imports(name, known[name])[0] & lower
+
+
+def python(code, **environment):
+    """What a fresh interpreter prints."""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    environment = os.environ | environment
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, env=environment
+    ).stdout
+
+
+def test_it_brings_nothing_but_optax_and_itself():
+    code = """
+import sys, optax
+before = set(sys.modules)
+import optclip
+print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))
+"""
+    assert python(code).split() == ["optclip"]
+
+
+def test_importing_it_takes_no_time_beyond_optax(tmp_path):
+    code = """
+import time, optax
+start = time.perf_counter()
+import optclip
+print(time.perf_counter() - start)
+"""
+    # Compiled to bytecode by the first, as an installed package is. The least of several: what a
+    # busy machine adds is not the import's.
+    compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    assert min(float(python(code, **compiled)) for _ in range(4)) < 0.1
