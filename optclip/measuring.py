@@ -177,7 +177,7 @@ def measure(plan: Plan, norm: Norm, tree: Any) -> Magnitude:
         leaves = [norms.widened(x, plan.dtype) for x in leaves]
 
     def finished(statistic: jax.Array, scale: jax.Array) -> Magnitude:
-        return Magnitude(norm.finish(statistic, plan.sizes), lax.stop_gradient(scale))
+        return Magnitude(norm.finish(statistic, plan.sizes), scale)
 
     # The modulus of a complex number may overflow where its parts do not: by a factor below 2.
     halving = any(jnp.iscomplexobj(x) for x in leaves)
@@ -186,7 +186,8 @@ def measure(plan: Plan, norm: Norm, tree: Any) -> Magnitude:
         return finished(_statistics(plan, norm, leaves, half if halving else None), half)
     if norm.safety == "peak":
         peaks = _statistics(plan, norms.linf, leaves, half if halving else None)
-        scale = norms.peak_scale(peaks, half)
+        # A constant to derivatives: any other scale would give the same norm.
+        scale = lax.stop_gradient(norms.peak_scale(peaks, half))
         return finished(_statistics(plan, norm, leaves, scale), scale)
     statistic = _statistics(plan, norm, leaves, None)
     if not any(norms.can_leave_range(x.dtype) for x in leaves):

@@ -149,18 +149,15 @@ def _sum_of_powers(x: jax.Array, axes: Axes, scale: jax.Array | None, *, power: 
 def _largest(x: jax.Array, axes: Axes, scale: jax.Array | None) -> jax.Array:
     peak = jnp.max(modulus(read(x, scale)), axis=axes, keepdims=True, initial=0)
     # XLA's maximum of a large array on a CPU passes over NaN. A sum does not: 0 * x adds nothing
-    # where x is finite and NaN elsewhere. It reads the leaf a second time.
+    # where x is finite and NaN elsewhere. It reads the leaf a second time. Infinity is as
+    # non-finite as NaN, and no later maximum passes over it.
     zero = read(x, jnp.zeros([], accumulator(x.dtype)))
-    return peak + _sum(zero.real if jnp.iscomplexobj(x) else zero, axes)
+    poison = _sum(zero.real if jnp.iscomplexobj(x) else zero, axes)
+    return jnp.where(jnp.isnan(poison), jnp.inf, peak)
 
 
 def _mean(statistic: jax.Array, size: Size) -> jax.Array:
     return statistic / jnp.maximum(jnp.asarray(size, statistic.dtype), 1)
-
-
-def _pmax(statistic: jax.Array, axis_names: tuple[str, ...]) -> jax.Array:
-    # A maximum over devices may drop a NaN; infinity is as non-finite, and survives.
-    return lax.pmax(jnp.where(jnp.isnan(statistic), jnp.inf, statistic), axis_names)
 
 
 l2 = Norm(
@@ -201,7 +198,7 @@ linf = Norm(
     degree=1,
     statistic=_largest,
     combine=jnp.max,
-    across=_pmax,
+    across=lax.pmax,
     finish=lambda statistic, size: statistic,
     lift=lambda norm, size: norm,
     adds=False,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from optclip.norms import Axes
 
@@ -109,6 +110,9 @@ def unit(axes: UnitAxes = None) -> Scope:
     Returns:
         A `Scope`.
 
+    Raises:
+        ValueError: If `axes` is none of these; when it meets a tree, if an axis does not exist.
+
     Example:
         Embedding tables by row, stacked layers by layer and output, the rest as usual:
 
@@ -125,7 +129,12 @@ def unit(axes: UnitAxes = None) -> Scope:
         return Scope("unit", fan_in_axes)
     if callable(axes):
         return Scope("unit", axes)
-    fixed = (axes,) if isinstance(axes, int) else tuple(axes)
+    given = axes if isinstance(axes, tuple | list) else (axes,)
+    if not all(isinstance(axis, int | np.integer) and not isinstance(axis, bool) for axis in given):
+        raise ValueError(
+            f"the axes of a unit cannot be {axes!r}; pass an int, a tuple of ints or a function"
+        )
+    fixed = tuple(int(axis) for axis in given)
     return Scope("unit", lambda path, shape: fixed)
 
 

@@ -94,10 +94,7 @@ def programs(request):
         quick_jit(step, donate_argnums=(0, 1), keep_unused=True),
         run,
         quick_jit(run),
-        {
-            name: strong(method.arguments.get(name, signature[name].default))
-            for name in method.traced
-        },
+        {name: method.arguments.get(name, signature[name].default) for name in method.traced},
         traces,
     )
 

@@ -81,8 +81,14 @@ def test_orders_with_a_name_are_the_named_norms():
 
 @pytest.mark.parametrize(
     ("dtype", "accumulator"),
-    [("float8_e5m2", "float32"), ("float16", "float32"), ("complex64", "float32")]
-    + [("bfloat16", "float32"), ("float64", "float64"), ("complex128", "float64")],
+    [
+        ("float8_e5m2", "float32"),
+        ("float16", "float32"),
+        ("bfloat16", "float32"),
+        ("complex64", "float32"),
+        ("float64", "float64"),
+        ("complex128", "float64"),
+    ],
 )
 def test_what_a_leaf_is_measured_in(x64, dtype, accumulator):
     assert norms.accumulator(jnp.dtype(dtype)) == jnp.dtype(accumulator)
@@ -107,7 +113,6 @@ def test_a_norm_of_ones_own_for_whole_leaves():
     assert_right(state.norm, 3.0)
 
 
-def test_the_modulus_has_slope_0_at_0():
-    for zero in (jnp.zeros(2), jnp.zeros(2, jnp.complex64)):
-        slope = jax.grad(lambda x: jnp.sum(norms.modulus(x)))(zero)
-        assert not np.any(np.asarray(slope))
+def test_the_modulus_of_a_complex_zero_has_slope_0():
+    slope = jax.grad(lambda x: jnp.sum(norms.modulus(x)))(jnp.zeros(2, jnp.complex64))
+    assert not np.any(np.asarray(slope))

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import optax
+import oracles
 import pytest
 from running import assert_right
 from samples import assert_same

@@ -30,8 +30,11 @@ def run(rule, gradients, params=None, **options):
 
 @pytest.mark.parametrize(
     "number",
-    [3_000_000_000, 10**20, np.int64(2**62), np.uint8(3), 1e39, np.float64(1e300), 5e-324]
-    + [np.finfo(np.float64).max, jnp.float8_e4m3fn(2), jnp.float8_e5m2(2), np.float16(2)],
+    [
+        *(3_000_000_000, 10**20, np.int64(2**62), np.uint8(3)),
+        *(1e39, np.float64(1e300), np.finfo(np.float64).max, np.float64(5e-324)),
+        *(np.float16(2), jnp.float8_e4m3fn(2), jnp.float8_e5m2(2)),
+    ],
     ids=repr,
 )
 def test_numbers_of_any_type_and_size(strict, number):
@@ -112,10 +115,12 @@ def diary(threshold):
     """A rule that writes down what it is shown at the last step it may learn from."""
 
     def observe(memory, step, norms, clipped_norms):
-        return jnp.stack([step.count, step.finite]), norms, clipped_norms
+        counts = jnp.stack([step.count, step.finite])
+        counts = jnp.broadcast_to(jnp.reshape(counts, (2, *[1] * norms.ndim)), (2, *norms.shape))
+        return counts, norms, clipped_norms
 
     return Rule(
-        init=lambda norms: (jnp.full(2, -1, jnp.int32), norms, norms),
+        init=lambda norms: (jnp.full((2, *norms.shape), -1, jnp.int32), norms, norms),
         threshold=lambda memory, step, norms, params: jnp.full(norms.shape, threshold, norms.dtype),
         observe=observe,
         has_memory=True,
@@ -132,10 +137,12 @@ def test_a_rule_of_ones_own_is_shown_steps_norms_and_what_is_left_of_them(strict
 
 def test_a_rule_of_ones_own_has_an_entry_for_each_group(strict):
     clip = optclip.clip_by(diary(2.0), scope=scopes.leaf)
-    tree = [GRADIENT, 0.1 * GRADIENT, 0 * GRADIENT]
-    _, state = clip.update(tree, clip.init(tree))
-    assert_right(state.memory[1], [5.0, 0.5, 0.0])
-    assert_right(state.memory[2], [2.0, 0.5, 0.0])
+    state = clip.init([GRADIENT] * 3)
+    for last in (1.0, 0.0):  # Where the norm is 0, nothing is learned from it.
+        _, state = clip.update([GRADIENT, 0.1 * GRADIENT, last * GRADIENT], state)
+    assert state.memory[0].tolist() == [[1, 1, 0], [1, 1, 0]]
+    assert_right(state.memory[1], [5.0, 0.5, 5.0])
+    assert_right(state.memory[2], [2.0, 0.5, 2.0])
 
 
 def test_a_rule_is_taken_for_itself_and_a_number_for_a_rule():
