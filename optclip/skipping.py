@@ -13,25 +13,26 @@ import jax.numpy as jnp
 import optax
 
 from optclip import measuring, norms, scopes
-from optclip.methods import clip_by_param_norm, robust_clip
+from optclip.clipping import NO_PARAMS_MSG, clip_by
+from optclip.methods import robust_clip
 from optclip.state import ClipState
-from optclip.thresholds.checking import check_choice, check_count, check_number
+from optclip.thresholds.checking import check_choice, check_count, check_number, number_at
 
 SkipNonfinite = Literal["skip", "propagate"]
 
 
 class Accepted(NamedTuple):
-    """The last values of one quantity, and which of them count as ordinary.
+    """The last ordinary values of one quantity, and the spikes since.
 
     Attributes:
-        values: Shape (window,); the oldest is overwritten.
-        ordinary: Whether a value was accepted; shape (window,), bool.
-        count: Values written so far; int32.
+        values: The ordinary ones, shape (window,); the oldest is overwritten.
+        count: Ordinary values written so far; int32.
+        spikes: The last values of a row of spikes, shape (window,).
     """
 
     values: jax.Array
-    ordinary: jax.Array
     count: jax.Array
+    spikes: jax.Array
 
 
 class SkipState(NamedTuple):
@@ -123,7 +124,7 @@ def skip_spikes(
 
         def empty() -> Accepted:
             return Accepted(
-                jnp.zeros([window], dtype), jnp.zeros([window], bool), jnp.zeros([], jnp.int32)
+                jnp.zeros([window], dtype), jnp.zeros([], jnp.int32), jnp.zeros([window], dtype)
             )
 
         state = SkipState(
@@ -155,12 +156,15 @@ def skip_spikes(
             finite &= jnp.isfinite(loss)
             spike |= loss > _limit(state.losses, deviations, patience)
         spike &= finite
-        streak = jnp.where(spike, state.streak + 1, jnp.where(finite, 0, state.streak))
-        new_level = spike & (streak.astype(dtype) >= jnp.asarray(patience).astype(dtype))
+        # A gradient of zeros says nothing about norms.
+        teaches = finite & (norm > 0)
+        streak = jnp.where(teaches, jnp.where(spike, state.streak + 1, 0), state.streak)
+        new_level = spike & teaches & (streak.astype(dtype) >= jnp.asarray(patience).astype(dtype))
         skipping = (spike & ~new_level) | (~finite if nonfinite == "skip" else False)
 
         def written(ring: Accepted, value: jax.Array) -> Accepted:
-            return _written(ring, value, ~spike, finite, new_level, streak)
+            new = _written(ring, value, spike, new_level, streak)
+            return jax.tree.map(lambda a, b: jnp.where(teaches, a, b), new, ring)
 
         updates, inner_state = _unless(
             skipping, held.update, updates, state.inner_state, params, extra_args
@@ -203,39 +207,39 @@ def _unless(
 
 def _limit(ring: Accepted, deviations: Any, patience: Any) -> jax.Array:
     """Mean plus deviations of the ordinary values; infinity while there are few."""
-    dtype = ring.values.dtype
-    among = jnp.sum(ring.ordinary.astype(dtype))
-    peak = jnp.max(jnp.where(ring.ordinary, jnp.abs(ring.values), 0))
+    dtype, window = ring.values.dtype, ring.values.size
+    filled = jnp.arange(window, dtype=jnp.int32) < ring.count
+    among = jnp.sum(filled.astype(dtype))
+    peak = jnp.max(jnp.where(filled, jnp.abs(ring.values), 0))
     unit = jnp.where(peak > 0, peak, 1)
     shares = ring.values / unit
     divisor = jnp.maximum(among, 1)
-    mean = jnp.sum(jnp.where(ring.ordinary, shares, 0)) / divisor
-    away = jnp.where(ring.ordinary, shares - mean, 0)
+    mean = jnp.sum(jnp.where(filled, shares, 0)) / divisor
+    away = jnp.where(filled, shares - mean, 0)
     # Of equal values rounding makes a deviation of about 1e-6 of the largest.
     deviation = jnp.maximum(jnp.sqrt(jnp.sum(away * away) / divisor), 1e-6)
     limit = (mean + jnp.asarray(deviations).astype(dtype) * deviation) * unit
-    needed = jnp.minimum(jnp.asarray(patience).astype(dtype), max(ring.values.size // 2, 1))
+    needed = jnp.minimum(jnp.asarray(patience).astype(dtype), max(window // 2, 1))
     return jnp.where(among >= needed, limit, jnp.inf).astype(dtype)
 
 
 def _written(
-    ring: Accepted,
-    value: jax.Array,
-    ordinary: jax.Array,
-    finite: jax.Array,
-    new_level: jax.Array,
-    streak: jax.Array,
+    ring: Accepted, value: jax.Array, spike: jax.Array, new_level: jax.Array, streak: jax.Array
 ) -> Accepted:
-    """The ring with one value more; at a new level only the last `streak` values are ordinary."""
+    """The ring with one value more; at a new level the spikes of the row are the ordinary ones."""
     window = ring.values.size
     slots = jnp.arange(window, dtype=jnp.int32)
-    place = ring.count % window
-    here = slots == place
-    age = (place - slots) % window
-    accepted = jnp.where(new_level, age < streak, jnp.where(here, ordinary, ring.ordinary))
-    count = jnp.where(ring.count + 1 < 2 * window, ring.count + 1, window)
-    new = Accepted(jnp.where(here, value, ring.values), accepted, count)
-    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, ring)
+
+    def held(count: jax.Array) -> jax.Array:
+        """A count of two windows tells as much as one of two million, and does not overflow."""
+        return jnp.where(count < 2 * window, count, window + count % window)
+
+    spikes = jnp.where(spike & (slots == (streak - 1) % window), value, ring.spikes)
+    values = jnp.where(~spike & (slots == ring.count % window), value, ring.values)
+    count = jnp.where(spike, ring.count, held(ring.count + 1))
+    return Accepted(
+        jnp.where(new_level, spikes, values), jnp.where(new_level, held(streak), count), spikes
+    )
 
 
 class SafeguardState(NamedTuple):
@@ -311,13 +315,22 @@ def safeguard(
     """
     held = optax.with_extra_args_support(inner)
     check_choice(nonfinite, ("skip", "propagate"), "safeguard(nonfinite=...)")
+    check_number(ratio, "safeguard(ratio)", mend="pass jnp.inf to switch the bound off")
     clip = robust_clip(deviations, axis_name=axis_name, sharded=sharded)
-    bound = clip_by_param_norm(ratio, axis_name=axis_name, sharded=sharded)
+
+    def bound(threshold: Any) -> optax.GradientTransformationExtraArgs:
+        return clip_by(threshold, axis_name=axis_name, sharded=sharded)
+
+    def length(updates: Any, params: Any) -> jax.Array:
+        """The norm of the parameters, or the floor of `clip_by_param_norm` under it."""
+        plan = measuring.plan(scopes.tree, updates, axis_name, sharded)
+        least = 1e-3 * jnp.sqrt(jnp.asarray(plan.sizes, plan.dtype))
+        return jnp.maximum(measuring.measure(plan, norms.l2, params).saturated(), least)
 
     def init(params: Any) -> SafeguardState:
         whole = functools.partial(measuring.whole_on_devices_of, params)
         clip_state: Any = clip.init(params)
-        bound_state: Any = bound.init(params)
+        bound_state: Any = bound(jnp.inf).init(params)
         return SafeguardState(
             clip=clip_state,
             inner_state=held.init(params),
@@ -336,20 +349,25 @@ def safeguard(
         skipping &= nonfinite == "skip"
 
         def step(updates: Any, states: Any, params: Any, **extra_args: Any) -> tuple[Any, Any]:
-            inner_state, bound_state = states
+            inner_state, bound_state, update_ratio = states
             updates, inner_state = held.update(updates, inner_state, params, **extra_args)
-            updates, bound_state = bound.update(updates, bound_state, params)
-            return updates, (inner_state, bound_state)
+            if params is None:
+                raise ValueError(NO_PARAMS_MSG)
+            allowed = length(updates, params)
+            threshold = number_at(ratio, bound_state.count, allowed) * allowed
+            new: Any
+            updates, new = bound(threshold).update(updates, bound_state)
+            reached = (new.clipped_norm / allowed).astype(update_ratio.dtype)
+            return updates, (inner_state, new, reached)
 
-        states = (state.inner_state, state.bound)
+        states = (state.inner_state, state.bound, jnp.zeros_like(state.update_ratio))
         updates, states = _unless(skipping, step, updates, states, params, extra_args)
-        inner_state, bound_state = states
-        allowed = bound_state.threshold / jnp.asarray(ratio).astype(bound_state.threshold.dtype)
+        inner_state, bound_state, update_ratio = states
         return updates, SafeguardState(
             clip=clip_state,
             inner_state=inner_state,
             bound=bound_state,
-            update_ratio=jnp.where(skipping, 0, bound_state.clipped_norm / allowed),
+            update_ratio=update_ratio,
             skipping=skipping,
             skipped_steps=state.skipped_steps + skipping.astype(jnp.int32),
         )

@@ -11,7 +11,7 @@ from optclip import limiters, measuring, norms, scopes
 from optclip.clipping import Nonfinite, check_nonfinite
 from optclip.state import ClipState, Outcome, advanced, fresh, step_of
 from optclip.thresholds.checking import check_choice, check_decay, check_number, number_at
-from optclip.thresholds.history import LearnFrom
+from optclip.thresholds.history import LearnFrom, mixed
 
 
 def spam_clip(
@@ -101,7 +101,7 @@ def spam_clip(
             for member, x, moment in zip(
                 plan.members, measuring.picked(plan, updates), moments, strict=True
             ):
-                bound = jnp.sqrt(theta.astype(moment.dtype)) * jnp.sqrt(moment)
+                bound = jnp.sqrt(theta.astype(moment.dtype)) * moment
                 bound = jnp.where(acting & (moment > 0), bound, jnp.inf)
                 wide = norms.widened(x)
                 size = norms.modulus(wide)
@@ -113,7 +113,8 @@ def spam_clip(
                 )
                 leaves[member.index] = limited.astype(x.dtype)
                 seen = size if learn_from == "raw" else jnp.minimum(size, bound)
-                new = keep.astype(moment.dtype) * moment + (1 - keep).astype(moment.dtype) * seen**2
+                # The root of v, as squares would leave the range; mixed as v is.
+                new = mixed(moment, seen, keep.astype(moment.dtype))
                 learned.append(jnp.where(finite, new, moment))
                 least.append(
                     (jnp.min(bound).astype(plan.dtype), jnp.min(factor).astype(plan.dtype))

@@ -23,6 +23,20 @@ def seen(
     return clipped_norms if learn_from == "clipped" else jnp.minimum(norms, level)
 
 
+def grown(x: jax.Array, rate: jax.Array) -> jax.Array:
+    """Of x and exp(rate) the product, without the rounding of exp, which would add up."""
+    return jnp.where(jnp.abs(rate) < 0.5, x + x * jnp.expm1(rate), x * jnp.exp(rate))
+
+
+def mixed(old: jax.Array, new: jax.Array, keep: jax.Array) -> jax.Array:
+    """sqrt(keep old^2 + (1 - keep) new^2), as a change of `old`: roundings do not add up."""
+    far = new >= 1e15 * old  # Also where both are 0; squares stay in range below that.
+    ratio = jnp.where(far, 1, new) / jnp.where(far, 1, old)
+    more = (1 - keep) * (ratio - 1) * (ratio + 1)
+    near = old + old * (more / (1 + jnp.sqrt(1 + more)))
+    return jnp.where(far, jnp.sqrt(1 - keep) * new, near)
+
+
 class Patience(NamedTuple):
     """Memory of a rule with patience.
 
@@ -65,7 +79,7 @@ def learning(
 
     def observe(memory, step, norms, clipped_norms):
         streak = jnp.where(clipped_norms < norms, memory.streak + 1, 0)
-        accepting = streak >= jnp.asarray(patience)
+        accepting = streak.astype(norms.dtype) >= number_at(patience, step.count, norms)
         learned = rule.observe(memory.memory, step, norms, clipped_norms)
         accepted = raw.observe(memory.memory, step, norms, clipped_norms)
         choose = lambda a, b: jnp.where(jnp.broadcast_to(accepting, a.shape), a, b)  # noqa: E731
@@ -158,7 +172,7 @@ def online_quantile(
         now = threshold(memory, step, norms, None)
         below = (norms <= now).astype(norms.dtype)
         eta = number_at(step_size, step.count, norms)
-        moved = now * jnp.exp(-eta * (below - number_at(quantile, step.count, norms)))
+        moved = grown(now, -eta * (below - number_at(quantile, step.count, norms)))
         info = jnp.finfo(norms.dtype)
         return jnp.clip(moved, float(info.tiny), float(info.max))  # 0 means: not begun.
 

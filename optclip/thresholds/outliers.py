@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optclip.thresholds.checking import at, check_choice, check_decay, check_number, number_at
-from optclip.thresholds.history import LearnFrom, learning, seen
+from optclip.thresholds.history import LearnFrom, grown, learning, mixed
 from optclip.thresholds.rules import Rule
 
 
@@ -84,21 +84,20 @@ def zscore(
             return jnp.where(warm(memory, step, norms), jnp.inf, limit)
 
         def observe(memory, step, norms, clipped_norms):
-            level = memory.mean + at(z_threshold, step.count, norms) * memory.deviation
-            learned = seen(learn_from, norms, clipped_norms, level)
-            learned = jnp.where(warm(memory, step, norms), norms, learned)
+            warming = warm(memory, step, norms)
+            reach = at(z_threshold, step.count, norms) * memory.deviation
+            away = (clipped_norms if learn_from == "clipped" else norms) - memory.mean
+            if learn_from == "winsorised":
+                away = jnp.minimum(away, reach)  # Not as a norm, which would round it.
+            away = jnp.where(warming, norms - memory.mean, away)
             # While it warms up a plain mean and variance, as of a buffer, step by step.
             before = memory.count.astype(norms.dtype)
-            keep = jnp.where(
-                warm(memory, step, norms),
-                before / (before + 1),
-                number_at(decay, step.count, norms),
-            )
-            mean = keep * memory.mean + (1 - keep) * learned
-            # The paper takes the variance about the new mean; a plain one is about both.
-            ago = jnp.abs(learned - jnp.where(warm(memory, step, norms), memory.mean, mean))
-            spread = jnp.sqrt(ago) * jnp.sqrt(jnp.abs(learned - mean))
-            deviation = jnp.hypot(jnp.sqrt(keep) * memory.deviation, jnp.sqrt(1 - keep) * spread)
+            keep = jnp.where(warming, before / (before + 1), number_at(decay, step.count, norms))
+            mean = memory.mean + (1 - keep) * away
+            # From the new mean a norm is keep * away. The paper takes the variance about the new
+            # mean; a plain one is about both.
+            spread = jnp.abs(away) * jnp.where(warming, jnp.sqrt(keep), keep)
+            deviation = mixed(memory.deviation, spread, keep)
             return Spread(memory.count + 1, mean, deviation)
 
         return Rule(init, threshold, observe, has_memory=True)
@@ -179,7 +178,7 @@ def robust(
         start = 1 - 1 / (memory.count.astype(norms.dtype) + 4)
         keep = jnp.minimum(number_at(decay, step.count, norms), start)
         rise = jnp.minimum((1 - keep) * away, jnp.log1p(number_at(max_rise, step.count, norms)))
-        level = jnp.where(begun, memory.level * jnp.exp(rise), learned)
+        level = jnp.where(begun, grown(memory.level, rise), learned)
         variance = jnp.where(
             begun, keep * (memory.variance + (1 - keep) * spread_from**2), memory.variance
         )

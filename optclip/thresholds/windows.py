@@ -116,14 +116,14 @@ def quantile_over_window(
             ring = _written(memory, norms)
             ordered = jnp.sort(jnp.where(_filled(ring), ring.norms, jnp.inf), axis=0)
             last = jnp.minimum(ring.count, window) - 1
-            share = number_at(percentile, step.count, norms) / 100
-            place = jnp.clip(share, 0, 1) * last.astype(norms.dtype)
-            below = jnp.floor(place).astype(jnp.int32)
+            percent = jnp.clip(number_at(percentile, step.count, norms), 0, 100)
+            place = percent * last.astype(norms.dtype)  # In hundredths: exact for whole percents.
+            below = jnp.floor(place / 100).astype(jnp.int32)
             low, high = (
                 jnp.take_along_axis(ordered, jnp.expand_dims(index, 0), axis=0)[0]
                 for index in (below, jnp.minimum(below + 1, last))
             )
-            return low + (high - low) * (place - below.astype(norms.dtype))
+            return low + (high - low) * ((place - 100 * below.astype(norms.dtype)) / 100)
 
         def observe(memory, step, norms, clipped_norms):
             level = threshold(memory, step, norms, None)
