@@ -55,7 +55,7 @@ def by_first_letter(path: str) -> str:
     return path[:1]
 
 
-METHODS = (
+FIXED = (
     Method("clip_by_value", {"max_delta": 0.1}, scope="element", traced=("max_delta",)),
     Method("clip_by_global_norm", {"max_norm": 1.0}, traced=("max_norm",)),
     Method(
@@ -99,6 +99,109 @@ METHODS = (
     Method("smooth_clip", {"max_norm": 1.0}, traced=("max_norm",), hard=False),
     Method("measure_norms", {}),
 )
+
+LEARNING = (
+    Method(
+        "autoclip",
+        {"percentile": 90.0, "window": 32, "patience": 20},
+        traced=("percentile", "patience"),
+        has_memory=True,
+    ),
+    Method(
+        "clip_by_quantile",
+        {"quantile": 0.9, "step_size": 0.2, "init": 0.5},
+        traced=("quantile", "step_size", "init"),
+        has_memory=True,
+    ),
+    Method(
+        "zclip",
+        {"z_threshold": 2.5, "decay": 0.97, "warmup_steps": 25, "patience": 20},
+        traced=("z_threshold", "decay", "warmup_steps", "patience"),
+        has_memory=True,
+    ),
+    Method(
+        "zclip",
+        {
+            "z_threshold": 3.0,
+            "decay": 0.9,
+            "warmup_steps": 5,
+            "patience": 20,
+            "variant": "max",
+            "learn_from": "winsorised",
+        },
+        traced=("z_threshold", "decay", "warmup_steps", "patience"),
+        has_memory=True,
+        variant="max",
+    ),
+    Method(
+        "adagc",
+        {"relative": 1.05, "decay": 0.98, "warmup_steps": 10, "max_norm": 1.0, "patience": 20},
+        scope="leaf",
+        traced=("relative", "decay", "warmup_steps", "max_norm", "patience"),
+        has_memory=True,
+    ),
+    Method(
+        "clip_by_window",
+        {"deviations": 3.0, "window": 32, "patience": 20},
+        traced=("deviations", "patience"),
+        has_memory=True,
+    ),
+    Method(
+        "clip_by_moving_average",
+        {"multiplier": 2.0, "decay": 0.99, "patience": 20},
+        traced=("multiplier", "decay", "patience"),
+        has_memory=True,
+    ),
+    Method(
+        "robust_clip",
+        {"deviations": 2.0, "decay": 0.97, "max_rise": 0.1},
+        traced=("deviations", "decay", "max_rise"),
+        has_memory=True,
+    ),
+    # A bound for every entry; the readings are of the largest entry and the smallest bound.
+    Method(
+        "spam_clip",
+        {"threshold": 50.0, "decay": 0.99, "warmup_steps": 5},
+        scope="element",
+        traced=("threshold", "decay", "warmup_steps"),
+        has_memory=True,
+    ),
+    # The norm is the largest ratio of an entry to its bound, and the threshold 1.
+    Method(
+        "clippy",
+        {"relative": 0.1, "absolute": 1e-3},
+        scope="leaf",
+        norm="linf",
+        traced=("relative", "absolute"),
+        needs_params=True,
+    ),
+    Method(
+        "clip_by_param_norm",
+        {"ratio": 0.05, "eps": 1e-3},
+        traced=("ratio", "eps"),
+        needs_params=True,
+    ),
+)
+"""With a threshold that is learned, or a bound relative to the parameters: tests/test_parity*.py."""
+
+METHODS = FIXED + LEARNING
+
+WRAPPERS = (
+    Method(
+        "skip_spikes",
+        {"inner": optax.identity(), "deviations": 6.0, "window": 32, "patience": 20},
+        traced=("deviations", "patience"),
+        has_memory=True,
+    ),
+    Method(
+        "safeguard",
+        {"inner": optax.identity(), "deviations": 2.0, "ratio": 0.05},
+        traced=("deviations", "ratio"),
+        has_memory=True,
+        needs_params=True,
+    ),
+)
+"""Wrappers of optimizers, around one that changes nothing."""
 
 WITHOUT_METHOD = {"ClipState", "clip_by", "limiters", "metrics", "norms", "scopes", "thresholds"}
 """Public names that are no methods."""

@@ -11,12 +11,12 @@ import numpy as np
 import oracles
 import pytest
 import strategies
-from registry import METHODS, Method
+from registry import FIXED, Method
 from samples import quick_jit
 
 import optclip
 
-each_method = pytest.mark.parametrize("method", METHODS, ids=str)
+each_method = pytest.mark.parametrize("method", FIXED, ids=str)
 
 LARGEST = float(np.finfo(np.float32).max)
 TINY = float(np.finfo(np.float32).tiny)
@@ -78,7 +78,7 @@ def start(method: Method, tree: str, **changes: Any) -> Start:
 
 @functools.cache
 def _started(name: str, tree: str, changes: tuple[tuple[str, Any], ...]) -> Start:
-    method = next(method for method in METHODS if str(method) == name)
+    method = next(method for method in FIXED if str(method) == name)
     specs = strategies.TREES[tree]
     params = strategies.parameters(specs)
     update = compiled(method, **dict(changes))
