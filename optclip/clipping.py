@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import devices, limiters, measuring, norms, scopes, thresholds
+from optclip import limiters, measuring, norms, scopes, thresholds
 from optclip.limiters import Factor, Limiter
 from optclip.measuring import Plan
 from optclip.norms import Magnitude, Norm
@@ -96,10 +96,8 @@ def clip_by(
     def look(updates: Any, scope: Scope = scope) -> Plan:
         return measuring.plan(scope, updates, axis_name, sharded)
 
-    def shape_of_groups(params: Any, scope: Scope) -> tuple[int, ...]:
-        # A state is mostly made outside the shard_map or pmap that updates run in, of whole leaves.
-        inside = devices.are_bound(axis_name)
-        return (look(params, scope) if inside else measuring.plan(scope, params)).shape
+    def shape_of(params: Any, scope: Scope) -> tuple[int, ...]:
+        return measuring.shape_of_norms(scope, params, axis_name, sharded)
 
     def measure(plan: Plan, updates: Any) -> tuple[Magnitude, jax.Array | None]:
         """The norms of the groups; those of the leaves too where detail of one group is wanted."""
@@ -113,10 +111,10 @@ def clip_by(
         dtype = measuring.tree_dtype(params)
         memory: Memory = ()
         if rule.has_memory:
-            memory = rule.init(jnp.zeros(shape_of_groups(params, scope), dtype))
+            memory = rule.init(jnp.zeros(shape_of(params, scope), dtype))
         groups: Detail | tuple[()] = ()
         if detail:
-            shape = shape_of_groups(params, scopes.leaf if scope.one_group else scope)
+            shape = shape_of(params, scopes.leaf if scope.one_group else scope)
             groups = Detail(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
         return fresh(params, memory, groups)
 

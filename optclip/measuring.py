@@ -138,6 +138,20 @@ def plan(scope: Scope, updates: Any, axis_name: Any = None, sharded: Any = None)
     return Plan(tuple(members), vector, sizes.reshape(vector), dtype, names)
 
 
+def shape_of_norms(
+    scope: Scope, params: Any, axis_name: Any = None, sharded: Any = None
+) -> tuple[int, ...]:
+    """Shape of the array of norms, for a state that is made before the first update.
+
+    Mostly that is outside the `shard_map` or `pmap` that updates run in, of whole leaves.
+    """
+    if scope.one_group:
+        return ()
+    if devices.are_bound(axis_name):
+        return plan(scope, params, axis_name, sharded).shape
+    return plan(scope, params).shape
+
+
 def _checked_axes(axes: Any, path: str, shape: tuple[int, ...]) -> Axes:
     axes = (axes,) if isinstance(axes, int) else tuple(axes)
     if any(not -len(shape) <= axis < len(shape) for axis in axes):

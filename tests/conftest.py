@@ -1,4 +1,4 @@
-"""Eight CPU devices, warnings as errors (pyproject.toml), and strictness around optclip's own code."""
+"""Eight CPU devices, and strictness around optclip's own code; warnings are errors."""
 
 import os
 

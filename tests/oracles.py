@@ -1,9 +1,8 @@
 """What every method should answer: float64 loops over groups, from the papers and docstrings.
 
 Nothing here calls optclip. An oracle is a small object with a `step`; one for a method without
-memory answers the same at every step. A new method gets an entry in `ORACLES`: a `Clip` with
-other thresholds, or a class that inherits from it and remembers (`thresholds` before the gradient
-is limited, `learn` after).
+memory answers the same at every step. Which method has which oracle stands in
+`registry_oracles.py`.
 """
 
 import copy
@@ -24,17 +23,26 @@ class Outcome(NamedTuple):
 
     Attributes:
         updates: The clipped tree, its floating leaves in float64 or complex128.
-        norms: The norm of every group, in order; of single entries the largest.
-        clipped: The same after clipping.
-        thresholds: The threshold of every group.
         groups: The groups.
+        norms: The norm of every group, in order; of single entries the largest.
+        thresholds: The threshold of every group; of single entries the smallest. NaN where a group
+            is zero and its threshold is nobody's business.
+        factors: The factor of every group; of single entries the smallest.
+        share: The share of groups, or of entries, above their threshold.
+        norm: The norm of all groups together.
+        clipped_norm: The same after clipping.
+        bounds: Of single entries: the bound of every entry, for each leaf that has entries.
     """
 
     updates: Any
-    norms: list[float]
-    clipped: list[float]
-    thresholds: list[float]
     groups: list[Group]
+    norms: list[float]
+    thresholds: list[float]
+    factors: list[float]
+    share: float
+    norm: float
+    clipped_norm: float
+    bounds: dict[int, np.ndarray]
 
 
 # Leaves
@@ -92,6 +100,12 @@ def norm_of(tree: Any, group: Group, kind: str) -> float:
     return norm(np.concatenate([np.zeros(0), *parts]), kind)
 
 
+def size_of(tree: Any, group: Group) -> int:
+    """The number of entries of one group."""
+    leaves = jax.tree.leaves(tree)
+    return sum(np.size(np.asarray(leaves[place])[selector]) for place, selector in group)
+
+
 # Scopes
 
 
@@ -117,7 +131,7 @@ def groups_of(
     """The groups of a scope, in the order of the tree and, within a leaf, of its entries."""
     leaves = [(place, path, x) for place, (path, x) in enumerate(leaves_with_paths(tree))]
     leaves = [(place, path, np.asarray(x)) for place, path, x in leaves if takes_part(x)]
-    if scope in ("tree", "element"):
+    if scope == "tree":
         return [[(place, ...) for place, _, _ in leaves]]
     if scope == "leaf":
         return [[(place, ...)] for place, _, _ in leaves]
@@ -163,9 +177,9 @@ class Clip:
     """One clip: groups, norms, thresholds, limits. Without memory, as it stands.
 
     Args:
-        threshold: A number for every group alike, or a function from the norms of the parameters
-            (one for each group) to numbers. None where `thresholds` is overridden.
-        scope: "tree", "leaf", "unit", "group" or "element".
+        threshold: A number for every group alike, or a function of a group's parameters: of their
+            norm and their number. None where `thresholds` is overridden.
+        scope: "tree", "leaf", "unit" or "group".
         kind: The norm: "l2", "linf", "rms" and so on.
         limiter: (norm, threshold) -> factor.
         **walk: `axes` or `label` of `groups_of`.
@@ -182,94 +196,82 @@ class Clip:
         self.threshold, self.scope, self.kind = threshold, scope, kind
         self.limiter, self.walk = limiter, walk
 
-    def thresholds(self, norms: list[float], params: list[float] | None) -> list[float]:
-        """The threshold of every group, from norms of the gradient and of the parameters."""
-        if callable(self.threshold):
-            assert params is not None
-            return [self.threshold(size) for size in params]
-        return [float(self.threshold)] * len(norms)
+    def measure(self, tree: Any, params: Any, group: Group) -> float:
+        """The norm of a group, or of all groups as one."""
+        return norm_of(tree, group, self.kind)
 
-    def learn(self, norms: list[float], clipped: list[float]) -> None:
-        """What a rule with memory does with the norms of a finite step."""
+    def thresholds(self, norms: list[float], params: Any, groups: list[Group]) -> list[float]:
+        """The threshold of every group. Called once a step: a rule with memory also learns here."""
+        if not callable(self.threshold):
+            return [float(self.threshold)] * len(norms)
+        return [
+            self.threshold(norm_of(params, group, self.kind), size_of(params, group))
+            for group in groups
+        ]
 
     def step(self, updates: Any, params: Any = None) -> Outcome:
         """Clips one finite gradient, and learns from it."""
         groups = groups_of(updates, self.scope, **self.walk)
-        kind = "linf" if self.scope == "element" else self.kind
-        norms = [norm_of(updates, group, kind) for group in groups]
-        sizes = None if params is None else [norm_of(params, group, kind) for group in groups]
-        thresholds = self.thresholds(norms, sizes)
+        norms = [self.measure(updates, params, group) for group in groups]
+        thresholds = self.thresholds(norms, params, groups)
+        pairs = list(zip(norms, thresholds, strict=True))
+        factors = [self.limiter(*pair) for pair in pairs]
         leaves, structure = jax.tree.flatten(updates)
         leaves = [wide(x) if takes_part(x) else x for x in leaves]
-        for group, size, threshold in zip(groups, norms, thresholds, strict=True):
+        for group, factor in zip(groups, factors, strict=True):
             for place, selector in group:
-                part = leaves[place][selector]
-                if self.scope == "element":
-                    flat = [self.limiter(abs(x), threshold) * x for x in np.ravel(part).tolist()]
-                    leaves[place] = np.reshape(np.asarray(flat, part.dtype), part.shape)
-                else:
-                    leaves[place][selector] = part * self.limiter(size, threshold)
-        clipped = [
-            size * self.limiter(size, bound) for size, bound in zip(norms, thresholds, strict=True)
-        ]
-        self.learn(norms, clipped)
-        return Outcome(jax.tree.unflatten(structure, leaves), norms, clipped, thresholds, groups)
+                leaves[place][selector] = leaves[place][selector] * factor
+        clipped, whole = jax.tree.unflatten(structure, leaves), [x for g in groups for x in g]
+        return Outcome(
+            updates=clipped,
+            groups=groups,
+            norms=norms,
+            thresholds=thresholds,
+            factors=factors,
+            share=float(np.mean([size > bound for size, bound in pairs])) if pairs else 0.0,
+            norm=self.measure(updates, params, whole),
+            clipped_norm=self.measure(clipped, params, whole),
+            bounds={},
+        )
 
     def peek(self, updates: Any, params: Any = None) -> Outcome:
         """What `step` would answer, without learning from it."""
         return copy.deepcopy(self).step(updates, params)
 
 
-def clip_by_value(max_delta: float) -> Clip:
-    return Clip(max_delta, "element")
+class EntryClip(Clip):
+    """A clip of every entry by itself; a complex one in modulus."""
 
+    kind = "linf"
 
-def clip_by_global_norm(max_norm: float, ord: float | None = None) -> Clip:
-    return Clip(max_norm, kind="linf" if ord == math.inf else f"l{2 if ord is None else ord:g}")
+    def __init__(self, threshold: float = math.inf):
+        super().__init__(threshold, kind=self.kind)
 
+    def bounds(self, sizes: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """The bound of every entry, for each leaf. Called once a step, as `thresholds` is."""
+        return {place: np.full(x.shape, float(self.threshold)) for place, x in sizes.items()}
 
-def clip_by_leaf_norm(max_norm: float) -> Clip:
-    return Clip(max_norm, "leaf")
-
-
-def clip_by_group_norm(max_norm: float, labels: Callable[[str], Any]) -> Clip:
-    return Clip(max_norm, "group", label=labels)
-
-
-def clip_by_block_rms(threshold: float) -> Clip:
-    return Clip(threshold, "leaf", "rms")
-
-
-def adaptive_grad_clip(
-    clipping: float, eps: float = 1e-3, axis: Callable[..., Any] = fan_in_axes
-) -> Clip:
-    return Clip(lambda size: clipping * max(size, eps), "unit", axes=axis)
-
-
-def smooth_clip(max_norm: float) -> Clip:
-    return Clip(max_norm, limiter=smooth)
-
-
-def measure_norms() -> Clip:
-    return Clip(math.inf)
-
-
-ORACLES: dict[str, Callable[..., Clip]] = {
-    oracle.__name__: oracle
-    for oracle in (
-        adaptive_grad_clip,
-        clip_by_block_rms,
-        clip_by_global_norm,
-        clip_by_group_norm,
-        clip_by_leaf_norm,
-        clip_by_value,
-        measure_norms,
-        smooth_clip,
-    )
-}
-"""From a method's name to its oracle, which takes the method's own arguments."""
-
-
-def oracle_of(method: Any, **changes: Any) -> Clip:
-    """A fresh oracle for an entry of the registry."""
-    return ORACLES[method.name](**{**method.arguments, **changes})
+    def step(self, updates: Any, params: Any = None) -> Outcome:
+        leaves, structure = jax.tree.flatten(updates)
+        sizes = {place: moduli(x) for place, x in enumerate(leaves) if takes_part(x)}
+        bounds, factors = self.bounds(sizes), {}
+        for place, size in sizes.items():
+            pairs = zip(size.tolist(), bounds[place].tolist(), strict=True)
+            factors[place] = np.array([self.limiter(*pair) for pair in pairs])
+            x = wide(leaves[place])
+            leaves[place] = x * factors[place].reshape(x.shape)
+        flat = {
+            name: np.concatenate([np.zeros(0), *of_leaf.values()])
+            for name, of_leaf in (("size", sizes), ("bound", bounds), ("factor", factors))
+        }
+        return Outcome(
+            updates=jax.tree.unflatten(structure, leaves),
+            groups=[[(place, ...) for place in sizes]],
+            norms=[norm(flat["size"], self.kind)],
+            thresholds=[float(np.min(flat["bound"], initial=math.inf))],
+            factors=[float(np.min(flat["factor"], initial=1.0))],
+            share=float(np.mean(flat["size"] > flat["bound"])) if sizes else 0.0,
+            norm=norm(flat["size"], self.kind),
+            clipped_norm=norm(flat["size"] * flat["factor"], self.kind),
+            bounds=bounds,
+        )

@@ -182,7 +182,7 @@ LEARNING = (
         needs_params=True,
     ),
 )
-"""With a threshold that is learned, or a bound relative to the parameters: tests/test_parity*.py."""
+"""A threshold that is learned, or a bound relative to the parameters; see tests/test_parity.py."""
 
 METHODS = FIXED + LEARNING
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import math
 from typing import Any, NamedTuple
 
@@ -10,17 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+import registry_oracles
 import strategies
-from registry import FIXED, Method
+from registry import METHODS, Method
 from samples import quick_jit
 
 import optclip
 
-each_method = pytest.mark.parametrize("method", FIXED, ids=str)
+each_method = pytest.mark.parametrize("method", METHODS, ids=str)
+
+each_method_with_detail = pytest.mark.parametrize(
+    "method",
+    [m for m in METHODS if "detail" in inspect.signature(getattr(optclip, m.name)).parameters],
+    ids=str,
+)
 
 LARGEST = float(np.finfo(np.float32).max)
 TINY = float(np.finfo(np.float32).tiny)
-WARM_UP = 200
+WARM_UP = 60
 """Ordinary steps that a method with memory has seen before it is put to the test."""
 
 ROUNDOFF = {"float32": 2e-6, "complex64": 2e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -78,11 +86,11 @@ def start(method: Method, tree: str, **changes: Any) -> Start:
 
 @functools.cache
 def _started(name: str, tree: str, changes: tuple[tuple[str, Any], ...]) -> Start:
-    method = next(method for method in FIXED if str(method) == name)
+    method = next(method for method in METHODS if str(method) == name)
     specs = strategies.TREES[tree]
     params = strategies.parameters(specs)
     update = compiled(method, **dict(changes))
-    state, oracle = method.build(**dict(changes)).init(params), oracles.oracle_of(method)
+    state, oracle = method.build(**dict(changes)).init(params), registry_oracles.oracle_of(method)
     for seed in range(WARM_UP if method.has_memory else 0):
         gradient = strategies.values(specs, seed=seed, scale=0.1)
         _, state = update(gradient, state, params)
@@ -103,16 +111,6 @@ def readings(state: Any) -> dict[str, float]:
     return {
         name.removeprefix("clip/"): float(value) for name, value in found if name[:5] == "clip/"
     }
-
-
-def kind_of(method: Method) -> str:
-    """The norm of the method's readings."""
-    return "linf" if method.scope == "element" else method.norm
-
-
-def norm_of_all(tree: Any, groups: list[oracles.Group], kind: str) -> float:
-    """The norm of all groups together."""
-    return oracles.norm_of(tree, [part for group in groups for part in group], kind)
 
 
 def held(norms: Any) -> np.ndarray:
@@ -143,22 +141,21 @@ def assert_entries_right(actual: Any, expected: Any, rtol: float = 1e-5) -> None
 def slack(dtype: Any) -> float:
     """By how much an entry may be off that is too small for its type: flushed, or half a step."""
     limits = jnp.finfo(dtype)
-    flushed = limits.dtype.name in ("float32", "bfloat16")
-    return 2 * float(limits.tiny) if flushed else float(limits.smallest_subnormal) / 2
+    return 2 * float(limits.tiny) if is_flushed(dtype) else float(limits.smallest_subnormal) / 2
 
 
-def bound_of(tree: Any, group: oracles.Group, kind: str, threshold: float) -> float:
+def bound_of(begin: Start, tree: Any, group: oracles.Group, threshold: float) -> float:
     """How large the norm of a clipped group may be once its entries are rounded to their types.
 
     The threshold, its entries' roundoff, and half a step for each of those too small for that.
     """
-    leaves = jax.tree.leaves(tree)
-    dtypes = {leaves[place].dtype for place, _ in group}
-    steps = [
-        np.full(np.shape(leaves[place][selector]), float(jnp.finfo(dtype).smallest_subnormal) / 2)
-        for place, selector in group
-        if (dtype := leaves[place].dtype).name not in ("float32", "bfloat16", "complex64")
-    ]
-    small = oracles.norm(np.concatenate([np.zeros(0), *map(np.ravel, steps)]), kind) if steps else 0
-    roundoff = max(ROUNDOFF[dtype.name] for dtype in dtypes)
+    leaves, structure = jax.tree.flatten(tree)
+    steps = [np.full(np.shape(x), 0.0 if is_flushed(x.dtype) else slack(x.dtype)) for x in leaves]
+    small = begin.oracle.measure(jax.tree.unflatten(structure, steps), begin.params, group)
+    roundoff = max(ROUNDOFF[leaves[place].dtype.name] for place, _ in group)
     return threshold * (1 + roundoff) + (small if math.isfinite(threshold) else 0)
+
+
+def is_flushed(dtype: Any) -> bool:
+    """Whether entries too small for the type become 0, and not the nearest step."""
+    return jnp.finfo(dtype).dtype.name in ("float32", "bfloat16")

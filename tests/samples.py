@@ -9,6 +9,13 @@ import optax
 from jax.sharding import PartitionSpec
 from registry import Method
 
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_parallel_codegen_split_count": 1,
+    "xla_cpu_use_fusion_emitters": False,
+}
+"""Options of XLA's CPU backend."""
+
 SHAPES = {"attention": {"kernel": (6, 4), "query": (2, 3, 4)}, "bias": (4,), "scale": ()}
 """A matrix, a stack of them, a vector and a scalar; two groups by first letter."""
 
@@ -22,11 +29,11 @@ KINDS = {
 
 
 def quick_jit(function: Any, **options: Any) -> Any:
-    """`jax.jit`, compiled four times as fast by optimizing less: for what is asked of a program
-    that does not depend on its speed.
+    """`jax.jit`, compiled several times as fast by optimizing less.
+
+    For what is asked of a program whatever its speed.
     """
-    quick = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    return jax.jit(function, compiler_options=quick, **options)
+    return jax.jit(function, compiler_options=QUICK, **options)
 
 
 def detailed(method: Method, **changes: Any) -> optax.GradientTransformationExtraArgs:

@@ -111,7 +111,7 @@ def test_several_clips_are_numbered_in_the_order_of_the_chain(alone):
         ("after", optclip.measure_norms()),
     )
     updates, readings = run(optimizer)
-    assert_same(updates, alone.updates)
+    assert_close(updates, alone.updates)
     one_clip = [key.split("/")[-1] for key in readings[0] if key.startswith("clip/0/")]
     for at_step, by_itself, before, after in zip(
         readings, alone.readings, GRADIENTS, alone.updates, strict=True
@@ -120,7 +120,7 @@ def test_several_clips_are_numbered_in_the_order_of_the_chain(alone):
         last = 2 if "clip/norm" in by_itself else 1  # `skip_spikes` itself is no clip.
         ends = {f"clip/{place}/{key}" for place in (0, last) for key in one_clip}
         assert set(at_step) == set(numbered) | ends
-        assert_same({key: at_step[key] for key in numbered}, numbered)
+        assert_close({key: at_step[key] for key in numbered}, numbered)
         np.testing.assert_allclose(at_step["clip/0/norm"], euclidean(before), rtol=1e-6)
         np.testing.assert_allclose(at_step[f"clip/{last}/norm"], euclidean(after), rtol=1e-6)
 
@@ -147,7 +147,9 @@ def test_injected_numbers_and_schedules_are_those_numbers(alone):
         updates, state = step(updates, state, PARAMS)
         assert_same(jax.tree.map(lambda x: -x / 2, updates), expected)
 
-    schedules = {name: falling(state.hyperparams[name]) for name in method.traced}
+    # `init` is read once, before any step, so a schedule of it has no later values.
+    scheduled_names = set(method.traced) - {"init"}
+    schedules = {name: falling(state.hyperparams[name]) for name in scheduled_names}
     scheduled = injected(method, **schedules)
     by_schedule, by_hand = scheduled.init(PARAMS), numbers.init(PARAMS)
     scheduled_step = quick_jit(scheduled.update)
@@ -162,7 +164,9 @@ def test_injected_numbers_and_schedules_are_those_numbers(alone):
 
 
 def falling(value):
-    """A schedule that halves a number at each step, and keeps its dtype."""
+    """A schedule that halves a number at each step, and keeps its type."""
+    if value.dtype == jnp.int32:
+        return lambda count: value // 2 ** (count + 1)
     return lambda count: (value * 0.5 ** (count + 1.0)).astype(value.dtype)
 
 
@@ -219,9 +223,12 @@ def test_nnx_optimizer(trained):
     optimizer, steps = trained
     model = Model(PARAMS)
     optimizer = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+    graph, variables = nnx.split((model, optimizer))
 
-    @nnx.jit
-    def step(model, optimizer, wanted):
+    @quick_jit
+    def step(variables, wanted):
+        model, optimizer = nnx.merge(graph, variables)
+
         def loss(model):  # Its gradient is `wanted`.
             products = [
                 jnp.sum(param[...].astype(jnp.float32) * grad.astype(jnp.float32))
@@ -230,10 +237,11 @@ def test_nnx_optimizer(trained):
             return sum(products)
 
         optimizer.update(model, nnx.grad(loss)(model), value=jnp.float32(1))
-        return optclip.metrics(optimizer.opt_state)
+        return nnx.state((model, optimizer)), optclip.metrics(optimizer.opt_state)
 
     for grads, expected in zip(GRADIENTS, steps, strict=True):
-        readings = step(model, optimizer, grads)
+        variables, readings = step(variables, grads)
+        nnx.update((model, optimizer), variables)
         assert_close(({"a": model.a[...], "b": model.b[...]}, readings), expected)
         assert_same(optclip.metrics(optimizer.opt_state), readings)
 

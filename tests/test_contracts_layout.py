@@ -80,7 +80,20 @@ def assert_one_value(copies):
 
 
 def placed(tree, mesh, specs):
-    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
+    """The tree on a mesh, its shardings written as JAX itself writes them there.
+
+    With explicit axes a spec names every dimension; with automatic ones it ends at the last that
+    is split. Written otherwise it is equivalent, but to `jit` it is another one.
+    """
+    explicit = AxisType.Explicit in mesh.axis_types
+
+    def put(x, spec):
+        entries = list(spec) + [None] * (x.ndim - len(spec))
+        while not explicit and entries and entries[-1] is None:
+            entries.pop()
+        return jax.device_put(x, NamedSharding(mesh, P(*entries)))
+
+    return jax.tree.map(put, tree, specs)
 
 
 def mesh_of(axis_type=AxisType.Auto):

@@ -6,15 +6,14 @@ import numpy as np
 import oracles
 import pytest
 from hypothesis import given
+from registry_oracles import oracle_of
 from running import (
     assert_entries_right,
     assert_right,
     clip_state,
     compiled,
-    each_method,
+    each_method_with_detail,
     held,
-    kind_of,
-    norm_of_all,
     start,
 )
 from samples import quick_jit
@@ -44,21 +43,26 @@ MANY = np.random.default_rng(0).uniform(0.1, 0.2, 4_000_037).astype(np.float32)
 each_norm = pytest.mark.parametrize("norm", NORMS)
 
 
-@each_method
+@each_method_with_detail
 @few(25)
 @given(filling=fillings())
 def test_2_norms_are_right_in_every_group(method, filling):
     begin = start(method, "types", detail=True)
     gradient = values(TREES["types"], *filling)
-    groups = begin.oracle.peek(gradient, begin.params).groups
+    outcome = begin.oracle.peek(gradient, begin.params)
     _, state = compiled(method, detail=True)(gradient, begin.state, begin.params)
-    kind, state = kind_of(method), clip_state(state)
+    state = clip_state(state)
     assert int(state.nonfinite_steps) == 0
-    assert_right(state.norm, held(norm_of_all(gradient, groups, kind)), where="norm")
-    if method.scope in ("tree", "element"):
+    assert_right(state.norm, held(outcome.norm), where="norm")
+    assert_right(state.detail.norms, held(norms_in_detail(begin.oracle, gradient, begin.params)))
+
+
+def norms_in_detail(oracle, gradient, params):
+    """The norms of all groups, or of all leaves where there is one group."""
+    groups = oracle.peek(gradient, params).groups
+    if oracle.scope == "tree":
         groups = oracles.groups_of(gradient, "leaf")
-    expected = [oracles.norm_of(gradient, group, kind) for group in groups]
-    assert_right(state.detail.norms, held(expected), where="detail")
+    return [oracle.measure(gradient, params, group) for group in groups]
 
 
 @each_norm
@@ -71,7 +75,7 @@ def test_2_norms_are_right_in_every_scope(scope, norm):
         gradient = values(TREES["types"], (kind, "ordinary") if seed % 2 else (kind,), seed)
         outcome = oracle.step(gradient)
         updates, state = update(gradient, clip.init(gradient))
-        assert_right(state.norm, held(norm_of_all(gradient, outcome.groups, norm)), where=kind)
+        assert_right(state.norm, held(outcome.norm), where=kind)
         if scope != "tree":
             assert_right(state.detail.norms, held(outcome.norms), where=kind)
         assert_entries_right(updates, outcome.updates)
@@ -119,8 +123,7 @@ def test_2_norms_of_64_bit_leaves(x64, scope, norm):
         outcome, where = oracle.step(gradient), f"entries about {size}"
         updates, state = update(gradient, clip.init(gradient))
         exactly = {"rtol": 1e-12, "err_msg": where}
-        total = norm_of_all(gradient, outcome.groups, norm)
-        np.testing.assert_allclose(np.asarray(state.norm), total, **exactly)
+        np.testing.assert_allclose(np.asarray(state.norm), outcome.norm, **exactly)
         if scope != "tree":
             np.testing.assert_allclose(np.asarray(state.detail.norms), outcome.norms, **exactly)
         for place in ("a", "b"):
@@ -143,22 +146,19 @@ def test_2_norms_of_32_bit_leaves_beside_64_bit_ones(x64, scope, norm):
             }
             outcome, where = oracle.step(gradient), f"{narrow} beside {broad}"
             updates, state = update(gradient, clip.init(gradient))
-            total = norm_of_all(gradient, outcome.groups, norm)
             assert int(state.nonfinite_steps) == 0, where
-            np.testing.assert_allclose(float(state.norm), total, rtol=1e-5, err_msg=where)
+            np.testing.assert_allclose(float(state.norm), outcome.norm, rtol=1e-5, err_msg=where)
             right = outcome.updates["c"]
             np.testing.assert_allclose(np.asarray(updates["c"]), right, rtol=1e-5, err_msg=where)
             for place in ("a", "b"):
                 assert_entries_right(updates[place], outcome.updates[place])
 
 
-@each_method
+@each_method_with_detail
 def test_2_leaves_whose_paths_read_alike_are_measured_each(method):
     gradient = {"a": {"b/c": jnp.full(2, 3.0)}, "a/b": {"c": jnp.full(2, 4.0)}}
+    params = {"a": {"b/c": jnp.full(2, 1.0)}, "a/b": {"c": jnp.full(2, 2.0)}}
     transform = method.build(detail=True)
-    _, state = transform.update(gradient, transform.init(gradient), gradient)
-    leaves = jax.tree.leaves(gradient)
-    expected = [oracles.norm(oracles.moduli(x), kind_of(method)) for x in leaves]
-    if method.scope == "group":
-        expected = [oracles.norm_of(gradient, [(0, ...), (1, ...)], method.norm)]
+    _, state = transform.update(gradient, transform.init(params), params)
+    expected = norms_in_detail(oracle_of(method), gradient, params)
     assert_right(clip_state(state).detail.norms, expected)

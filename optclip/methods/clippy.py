@@ -74,7 +74,8 @@ def clippy(
     def init(params: Any) -> ClipState:
         if not detail:
             return fresh(params)
-        shape, dtype = look(params).shape, measuring.tree_dtype(params)
+        shape = measuring.shape_of_norms(scopes.leaf, params, axis_name, sharded)
+        dtype = measuring.tree_dtype(params)
         return fresh(params, (), Detail(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
 
     def update(
@@ -89,7 +90,8 @@ def clippy(
             number_at(x, state.count, jnp.zeros([], plan.dtype)) for x in (relative, absolute)
         )
         with jax.named_scope("optclip/measure"):
-            ratios, finite = _ratios(plan, updates, params, rho, alpha)
+            ratios = _ratios(plan, updates, params, rho, alpha)
+            finite = jnp.all(jnp.isfinite(ratios))
         with jax.named_scope("optclip/limit"):
             threshold = jnp.where(finite, jnp.ones(plan.shape, plan.dtype), jnp.inf)
             magnitude = Magnitude(ratios, jnp.ones(plan.shape, plan.dtype))
@@ -114,10 +116,10 @@ def clippy(
 
 def _ratios(
     plan: measuring.Plan, updates: Any, params: Any, relative: jax.Array, absolute: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The largest ratio of an entry to its bound in each leaf, and whether all are finite."""
+) -> jax.Array:
+    """The largest ratio of an entry to its bound in each leaf; infinity where one is not finite."""
 
-    def of_leaf(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def of_leaf(x: jax.Array, w: jax.Array) -> jax.Array:
         zero = norms.read(x, jnp.zeros([], plan.dtype))
         poison = jnp.sum(zero.real if jnp.iscomplexobj(zero) else zero)
         least = jnp.full([], jnp.finfo(norms.accumulator(w.dtype)).tiny, plan.dtype)
@@ -127,22 +129,16 @@ def _ratios(
         rho, alpha, least = (scalar.astype(weight.dtype) for scalar in scalars)
         bound = jnp.maximum(rho * weight + alpha, least)
         ratio = jnp.minimum(jnp.max(size / bound.astype(size.dtype)), norms.largest(size.dtype))
-        return ratio.astype(plan.dtype), poison.astype(plan.dtype)
+        return jnp.where(jnp.isfinite(poison), ratio, jnp.inf).astype(plan.dtype)
 
-    pairs = [
+    ratios = [
         of_leaf(x, w)
         for x, w in zip(
             measuring.picked(plan, updates), measuring.picked(plan, params), strict=True
         )
     ]
-    if not pairs:
-        return jnp.zeros(plan.shape, plan.dtype), jnp.ones([], bool)
-    ratios, poisons = (jnp.stack(column) for column in zip(*pairs, strict=True))
-    finite = jnp.isfinite(jnp.sum(poisons))
-    vector = jnp.append(ratios, jnp.where(finite, 0, jnp.inf).astype(plan.dtype))
-    if plan.axis_names:
-        vector = lax.pmax(vector, plan.axis_names)
-    return vector[:-1], vector[-1] == 0
+    vector = jnp.stack(ratios) if ratios else jnp.zeros(plan.shape, plan.dtype)
+    return lax.pmax(vector, plan.axis_names) if plan.axis_names else vector
 
 
 def _largest(ratios: jax.Array, finite: jax.Array) -> jax.Array:

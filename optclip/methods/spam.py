@@ -1,5 +1,6 @@
 """SPAM's spike-aware clip: every entry against its own second moment."""
 
+import math
 from typing import Any
 
 import jax
@@ -149,6 +150,6 @@ def spam_clip(
 
 
 def _second_moment(x: Any) -> jax.Array | None:
-    if not measuring.is_floating(x) or not jnp.size(x):
+    if not measuring.is_floating(x) or not math.prod(getattr(x, "shape", ())):
         return None
     return jnp.zeros_like(x, dtype=norms.accumulator(jnp.result_type(x)))
