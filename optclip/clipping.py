@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optclip import limiters, measuring, norms, scopes, thresholds
@@ -153,7 +154,7 @@ def clip_by(
                 share = _share_of_entries(plan, updates, group_norms, bound)
                 updates = measuring.clamp(plan, updates, limiter, bound)
             else:
-                share = _share_of_groups(group_norms, bound)
+                share = _share_of_groups(plan, group_norms, bound)
                 updates = measuring.rescale(plan, updates, factor)
             if nonfinite == "zero":
                 updates = measuring.zeroed_unless(finite, updates)
@@ -169,7 +170,7 @@ def clip_by(
             finite=finite,
             norm=_together(norm, plan, magnitude),
             clipped_norm=_together(norm, plan, norms.plain(clipped_norms)),
-            threshold=jnp.min(threshold, initial=jnp.inf),
+            threshold=jnp.min(threshold, initial=jnp.inf, where=plan.sizes > 0),
             factor=jnp.min(factor.product(), initial=1),
             share=share,
         )
@@ -221,10 +222,9 @@ def _as_kept(x: jax.Array, state: ClipState) -> jax.Array:
     return x if x.dtype == dtype else jnp.minimum(x, norms.largest(dtype)).astype(dtype)
 
 
-def _share_of_groups(group_norms: jax.Array, threshold: jax.Array) -> jax.Array:
-    if not group_norms.size:
-        return jnp.zeros([], group_norms.dtype)
-    return jnp.mean((group_norms > threshold).astype(group_norms.dtype))
+def _share_of_groups(plan: Plan, group_norms: jax.Array, threshold: jax.Array) -> jax.Array:
+    present = max(int(np.sum(plan.sizes > 0)), 1)  # A label may have no leaf.
+    return jnp.sum((group_norms > threshold).astype(group_norms.dtype)) / present
 
 
 def _share_of_entries(plan: Plan, updates: Any, peak: jax.Array, bound: jax.Array) -> jax.Array:

@@ -125,6 +125,11 @@ def plan(scope: Scope, updates: Any, axis_name: Any = None, sharded: Any = None)
             continue
         axes = _checked_axes(axes, path, shape)
         kept = tuple(1 if axis in axes else length for axis, length in enumerate(shape))
+        if scope.order is not None and label not in places:
+            raise ValueError(
+                f"{path!r} has label {label!r}, which has no max_norm; those with one are "
+                f"{list(scope.order)}; label it None to leave it alone"
+            )
         start = places.setdefault(label, total) if scope.labels else total
         total = max(total, start + math.prod(kept))
         members.append(Member(index, path, axes, start, kept, split))

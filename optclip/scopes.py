@@ -86,14 +86,7 @@ def group(labels: Any, order: Sequence[Label] | None = None) -> Scope:
     """
 
     def labels_of(updates: Any) -> list[Label | None]:
-        answers = answer_per_leaf(labels, updates, "labels")
-        for (path, _), label in zip(leaves_with_paths(updates), answers, strict=True):
-            if order is not None and label is not None and label not in order:
-                raise ValueError(
-                    f"{path!r} has label {label!r}, which has no max_norm; those with one are "
-                    f"{list(order)}; label it None to leave it alone"
-                )
-        return answers
+        return answer_per_leaf(labels, updates, "labels")
 
     ordered = None if order is None else tuple(order)
     return Scope("group", _whole, labels_of, ordered, whole_leaves=True)
@@ -179,4 +172,7 @@ def answer_per_leaf(question: Any, updates: Any, name: str) -> list[Any]:
             f"{name}= must be a function from path to answer, or a tree whose structure is that of "
             f"the updates or a prefix of it: {error}"
         ) from None
-    return jax.tree.leaves(spread, is_leaf=is_answer)
+    answers = jax.tree.leaves(spread, is_leaf=is_answer)
+    # A hole in the tree is no leaf, but is answered like one.
+    leaves = jax.tree.leaves(updates, is_leaf=lambda x: x is None)
+    return [answer for answer, x in zip(answers, leaves, strict=True) if x is not None]

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec
-from registry import Method
+from registry import METHODS, WRAPPERS, Method
+
+ALL_METHODS = METHODS + WRAPPERS
 
 QUICK = {
     "xla_backend_optimization_level": 0,

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from registry import METHODS
-from samples import assert_close, quick_jit, specs_of_state
+from samples import ALL_METHODS, assert_close, quick_jit, specs_of_state
 
 SPECS = {"a": P("data", "model"), "b": P("model"), "bias": P(), "c": P(None, "data")}
 NAMES = {"a": ("data", "model"), "b": "model", "bias": (), "c": "data"}
@@ -20,7 +19,7 @@ SHAPES = {"a": (16, 32), "b": (16, 16), "bias": (64,), "c": (32, 16)}
 SMALLEST = 256
 """Entries of the smallest leaf that is split."""
 
-each_method = pytest.mark.parametrize("method", METHODS, ids=str)
+each_method = pytest.mark.parametrize("method", ALL_METHODS, ids=str)
 
 
 def ones():
@@ -104,7 +103,7 @@ def test_an_axis_that_the_compiler_manages_may_stand_in_an_answer(method, strict
     assert jax.tree.map(jnp.shape, changed) == SHAPES
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m.scope == "unit"], ids=str)
+@pytest.mark.parametrize("method", [m for m in ALL_METHODS if m.scope == "unit"], ids=str)
 @pytest.mark.parametrize(
     ("check_vma", "sharded"), [(True, None), (True, NAMES.get), (False, NAMES.get)]
 )
@@ -113,7 +112,7 @@ def test_units_need_to_know_which_dimension_is_split(method, check_vma, sharded,
     refused(update, "'a' is split over ['data', 'model']", "dimensions", "PartitionSpec")
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m.scope == "unit"], ids=str)
+@pytest.mark.parametrize("method", [m for m in ALL_METHODS if m.scope == "unit"], ids=str)
 def test_a_part_of_length_one_is_not_taken_for_a_vector(method, strict):
     split = P(None, ("data", "model"))  # Of eight columns, each device has one.
     update = jax.shard_map(

@@ -13,8 +13,8 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from registry import METHODS, Method
-from samples import assert_close, assert_same, gradient, parameters, quick_jit
+from registry import Method
+from samples import ALL_METHODS, assert_close, assert_same, gradient, parameters, quick_jit
 
 import optclip
 
@@ -66,7 +66,7 @@ def run(optimizer, params=PARAMS, gradients=GRADIENTS, times=1):
     return all_updates, all_readings
 
 
-@pytest.fixture(scope="module", params=METHODS, ids=str)
+@pytest.fixture(scope="module", params=ALL_METHODS, ids=str)
 def alone(request):
     transform = request.param.build()
     updates, readings = run(transform)
@@ -151,7 +151,8 @@ def test_injected_numbers_and_schedules_are_those_numbers(alone):
     scheduled_names = set(method.traced) - {"init"}
     schedules = {name: falling(state.hyperparams[name]) for name in scheduled_names}
     scheduled = injected(method, **schedules)
-    by_schedule, by_hand = scheduled.init(PARAMS), numbers.init(PARAMS)
+    start = {name: schedule(0) for name, schedule in schedules.items()}
+    by_schedule, by_hand = scheduled.init(PARAMS), injected(method, **start).init(PARAMS)
     scheduled_step = quick_jit(scheduled.update)
     for count, updates in enumerate(GRADIENTS):
         now = {name: schedule(count) for name, schedule in schedules.items()}
@@ -170,7 +171,7 @@ def falling(value):
     return lambda count: (value * 0.5 ** (count + 1.0)).astype(value.dtype)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", ALL_METHODS, ids=str)
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "mixed"])
 def test_injection_keeps_types_in_half_precision(method, kind):
     params, updates = pair(parameters(kind)), pair(gradient(kind))

@@ -15,8 +15,8 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from registry import METHODS, Method
-from samples import assert_close, detailed, quick_jit, specs_of_state
+from registry import Method
+from samples import ALL_METHODS, assert_close, detailed, quick_jit, specs_of_state
 
 SPECS = {
     "kernel": P("data"),
@@ -56,7 +56,7 @@ class Single(NamedTuple):
     steps: list[tuple[Any, Any]]
 
 
-@pytest.fixture(scope="module", params=METHODS, ids=str)
+@pytest.fixture(scope="module", params=ALL_METHODS, ids=str)
 def single(request):
     transform = detailed(request.param)
     return Single(request.param, steps_of(quick_jit(transform.update), transform.init(PARAMS)))

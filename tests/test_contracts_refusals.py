@@ -111,8 +111,8 @@ REFUSED_AT_ONCE = {
     ),
     "a label's bound": (lambda: clip_by_group({"a": 1.0, "b": -2.0}), "'b'", "-2.0", "jnp.inf"),
     "no bounds": (lambda: clip_by_group({}), "at least one label", "{}"),
-    "axis that is no axis": (lambda: scopes.unit("rows"), "axes", "an int", "'rows'"),
-    "axis in parts": (lambda: scopes.unit(1.5), "axes", "an int", "1.5"),
+    "axis that is no axis": (lambda: scopes.unit("rows"), "axes", "'rows'", "int"),
+    "axis in parts": (lambda: scopes.unit(1.5), "axes", "1.5", "int"),
 }
 
 

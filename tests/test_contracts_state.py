@@ -17,8 +17,8 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from registry import METHODS
 from samples import (
+    ALL_METHODS,
     KINDS,
     assert_close,
     assert_same,
@@ -41,7 +41,7 @@ SPECS = {
 SCALES = (1.0, 1e-3, 0.0, float("nan"), 1e25, 1.0)
 """Steps that are clipped, not clipped, zero, non-finite, beyond the plain sum of squares."""
 
-each_method = pytest.mark.parametrize("method", METHODS, ids=str)
+each_method = pytest.mark.parametrize("method", ALL_METHODS, ids=str)
 each_mesh = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 
 
@@ -67,7 +67,7 @@ class Programs(NamedTuple):
     traces: list[Any]
 
 
-@pytest.fixture(scope="module", params=METHODS, ids=str)
+@pytest.fixture(scope="module", params=ALL_METHODS, ids=str)
 def programs(request):
     method, params, traces = request.param, parameters("mixed"), []
     transform = detailed(method)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax import lax
-from registry import METHODS
+from samples import ALL_METHODS
 
 import optclip
 
@@ -90,7 +90,7 @@ def test_protection_does_not_slow_float32():
     assert least_ratio(ours, bare, enough=1.1) <= 1.1
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", ALL_METHODS, ids=str)
 def test_temporary_memory_is_a_hundredth_of_the_gradient(method):
     kinds = {"a": jnp.float32, "b": jnp.float32, "c": jnp.bfloat16, "d": jnp.bfloat16}
     params = {name: jax.ShapeDtypeStruct((1024, 1024), kind) for name, kind in kinds.items()}

@@ -9,9 +9,8 @@ from jax import lax
 
 from optclip import limiters, measuring, norms, scopes
 from optclip.clipping import NO_PARAMS_MSG, Nonfinite, check_nonfinite
-from optclip.norms import Magnitude
 from optclip.state import ClipState, Detail, Outcome, advanced, fresh
-from optclip.thresholds.checking import check_number, number_at
+from optclip.thresholds.checking import at, check_number
 
 
 def clippy(
@@ -86,21 +85,21 @@ def clippy(
             raise ValueError(NO_PARAMS_MSG)
         state = init(updates) if state is None else state
         plan = look(updates)
-        rho, alpha = (
-            number_at(x, state.count, jnp.zeros([], plan.dtype)) for x in (relative, absolute)
-        )
+        rho, alpha = (at(x, state.count, jnp.zeros([], plan.dtype)) for x in (relative, absolute))
         with jax.named_scope("optclip/measure"):
             ratios = _ratios(plan, updates, params, rho, alpha)
             finite = jnp.all(jnp.isfinite(ratios))
         with jax.named_scope("optclip/limit"):
             threshold = jnp.where(finite, jnp.ones(plan.shape, plan.dtype), jnp.inf)
-            magnitude = Magnitude(ratios, jnp.ones(plan.shape, plan.dtype))
-            factor = limiters.factor_of(limiters.rescale, magnitude, threshold)
+            factor = limiters.factor_of(limiters.rescale, norms.plain(ratios), threshold)
+            # Where the bound is 0, or next to nothing, nothing may move.
+            closed = finite & (ratios >= norms.largest(plan.dtype))
+            factor = factor._replace(fine=jnp.where(closed, 0, factor.fine))
             updates = measuring.rescale(plan, updates, factor)
             if nonfinite == "zero":
                 updates = measuring.zeroed_unless(finite, updates)
         product = jnp.where(finite, factor.product(), 0 if nonfinite == "zero" else 1)
-        clipped = ratios * product
+        clipped = jnp.where(finite, ratios * product, 0 if nonfinite == "zero" else ratios)
         outcome = Outcome(
             finite=finite,
             norm=_largest(ratios, finite),
@@ -123,8 +122,11 @@ def _ratios(
         zero = norms.read(x, jnp.zeros([], plan.dtype))
         poison = jnp.sum(zero.real if jnp.iscomplexobj(zero) else zero)
         least = jnp.full([], jnp.finfo(norms.accumulator(w.dtype)).tiny, plan.dtype)
+        # No bound at all is none for parameters of 0 either.
+        alpha = jnp.where(jnp.isinf(relative), jnp.inf, absolute)
+        rho = jnp.minimum(relative, norms.largest(relative.dtype))
         # Through one barrier with the scalars, so that leaves of one shape share no broadcast.
-        x, w, *scalars = lax.optimization_barrier((x, w, relative, absolute, least))
+        x, w, *scalars = lax.optimization_barrier((x, w, rho, alpha, least))
         size, weight = norms.modulus(norms.widened(x)), norms.modulus(norms.widened(w))
         rho, alpha, least = (scalar.astype(weight.dtype) for scalar in scalars)
         bound = jnp.maximum(rho * weight + alpha, least)

@@ -129,7 +129,9 @@ def spam_clip(
                 updates = measuring.zeroed_unless(finite, updates)
         clipped = measuring.measure(plan, norms.linf, updates)
         bounds, factors = (
-            (jnp.stack(x) for x in zip(*least, strict=True)) if least else (like, like)
+            (jnp.stack(x) for x in zip(*least, strict=True))
+            if least
+            else (like + jnp.inf, like + 1)
         )
         smallest = jnp.stack([jnp.min(bounds, initial=jnp.inf), jnp.min(factors, initial=1)])
         share = sum(above, like)

@@ -1,5 +1,6 @@
 """Numbers that callers pass: refused early where they are concrete, given a meaning where not."""
 
+import math
 from typing import Any
 
 import jax
@@ -39,11 +40,11 @@ def check_number(
 
 def _as_array(value: Any) -> np.ndarray | None:
     try:
-        array = np.asarray(value)
+        array = np.asarray(float(value) if isinstance(value, int) else value)
     except (TypeError, ValueError):
         return None
-    if array.dtype.kind == "V":  # bfloat16 and the 8-bit floats are numbers to everyone but numpy
-        array = array.astype(np.float32)
+    if array.dtype.isbuiltin != 1 and jnp.issubdtype(array.dtype, jnp.floating):
+        array = array.astype(np.float32)  # bfloat16 and 8-bit floats are no numbers to numpy.
     return None if array.dtype.kind in "cOUSb" else array
 
 
@@ -66,7 +67,12 @@ def check_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
 def number_at(value: Any, count: jax.Array, like: jax.Array) -> jax.Array:
     """A number, traced scalar or schedule, now, as a scalar in the dtype of `like`."""
     value = value(count) if callable(value) else value
-    return jnp.asarray(value).astype(like.dtype)
+    if isinstance(value, jax.Array):
+        return value.astype(like.dtype)
+    number, most = float(value), float(jnp.finfo(like.dtype).max)
+    # A number beyond the dtype's range is as large as can be, and not infinite.
+    number = number if math.isinf(number) else min(max(number, -most), most)
+    return jnp.asarray(number, like.dtype)
 
 
 def at(value: Any, count: jax.Array, like: jax.Array) -> jax.Array:

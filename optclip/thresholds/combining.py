@@ -94,23 +94,27 @@ def _combined(parts: tuple[Any, ...], pick: Callable[[Step, list[jax.Array]], ja
     if not rules:
         raise ValueError("pass at least one rule")
 
+    remember = any(rule.has_memory for rule in rules)
+
     def threshold(memory, step, norms, params):
         limits = [
             jnp.broadcast_to(rule.threshold(own, step, norms, params), norms.shape)
-            for rule, own in zip(rules, memory, strict=True)
+            for rule, own in zip(rules, memory or ((),) * len(rules), strict=True)
         ]
         return pick(step, limits)
 
     def observe(memory, step, norms, clipped_norms):
+        if not memory:
+            return ()
         return tuple(
             rule.observe(own, step, norms, clipped_norms)
             for rule, own in zip(rules, memory, strict=True)
         )
 
     return Rule(
-        init=lambda norms: tuple(rule.init(norms) for rule in rules),
+        init=lambda norms: tuple(rule.init(norms) for rule in rules) if remember else (),
         threshold=threshold,
         observe=observe,
         needs_params=any(rule.needs_params for rule in rules),
-        has_memory=any(rule.has_memory for rule in rules),
+        has_memory=remember,
     )

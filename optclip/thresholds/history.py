@@ -216,10 +216,11 @@ def leaf_average(
     def make(learn_from: LearnFrom) -> Rule:
         def threshold(memory, step, norms, params):
             together = norm_kinds.pool(norm_kinds.l2, norm_kinds.plain(norms), 1).saturated()
-            shrink = jnp.minimum(
-                1, at(max_norm, step.count, norms) / jnp.where(together > 0, together, 1)
-            )
-            at_first = jnp.where(shrink < 1, norms * shrink, jnp.inf)
+            most = at(max_norm, step.count, norms)
+            # Each keeps its share. Scaled, so that no reciprocal is flushed to zero.
+            unit = jnp.where(together > 1, jnp.asarray(2.0**-60, norms.dtype), 1)
+            share = norms * unit / jnp.where(together > 0, together * unit, 1)
+            at_first = jnp.where(together > most, most * share, jnp.inf)
             own = jnp.where(memory > 0, at(relative, step.count, norms) * memory, jnp.inf)
             return jnp.where(warm(step, norms), at_first, own)
 

@@ -145,7 +145,10 @@ def relative_to_params(
         floor = at(eps, step.count, norms)
         if eps_is_rms:
             floor = floor * jnp.sqrt(jnp.asarray(params.sizes, norms.dtype))
-        return at(ratio, step.count, norms) * jnp.maximum(params.norms, floor)
+        share, length = at(ratio, step.count, norms), jnp.maximum(params.norms, floor)
+        plain = (share > 0) & jnp.isfinite(share)
+        # A ratio of 0 or infinity means just that, whatever the parameters.
+        return jnp.where(plain, jnp.where(plain, share, 1) * length, share)
 
     return _forgetful(threshold, needs_params=True)
 
