@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optclip import limiters, measuring, norms, scopes
+from optclip import measuring, norms, scopes
 from optclip.clipping import NO_PARAMS_MSG, Nonfinite, check_nonfinite
+from optclip.limiters import Factor
 from optclip.state import ClipState, Detail, Outcome, advanced, fresh
 from optclip.thresholds.checking import at, check_number
 
@@ -87,17 +88,18 @@ def clippy(
         plan = look(updates)
         rho, alpha = (at(x, state.count, jnp.zeros([], plan.dtype)) for x in (relative, absolute))
         with jax.named_scope("optclip/measure"):
-            ratios = _ratios(plan, updates, params, rho, alpha)
-            finite = jnp.all(jnp.isfinite(ratios))
+            roots = _roots_of_ratios(plan, updates, params, rho, alpha)
+            finite = jnp.all(jnp.isfinite(roots))
         with jax.named_scope("optclip/limit"):
-            threshold = jnp.where(finite, jnp.ones(plan.shape, plan.dtype), jnp.inf)
-            factor = limiters.factor_of(limiters.rescale, norms.plain(ratios), threshold)
-            # Where the bound is 0, or next to nothing, nothing may move.
-            closed = finite & (ratios >= norms.largest(plan.dtype))
-            factor = factor._replace(fine=jnp.where(closed, 0, factor.fine))
+            over = finite & (roots > 1)
+            root = 1 / jnp.where(over, roots, 1)
+            # Where the bound is 0 nothing may move.
+            closed = finite & (roots > 0) & (rho == 0) & (alpha == 0)
+            factor = Factor(root, jnp.where(closed, 0, root))
             updates = measuring.rescale(plan, updates, factor)
             if nonfinite == "zero":
                 updates = measuring.zeroed_unless(finite, updates)
+        ratios = jnp.where(finite, jnp.minimum(roots * roots, norms.largest(plan.dtype)), roots)
         product = jnp.where(finite, factor.product(), 0 if nonfinite == "zero" else 1)
         clipped = jnp.where(finite, ratios * product, 0 if nonfinite == "zero" else ratios)
         outcome = Outcome(
@@ -106,17 +108,20 @@ def clippy(
             clipped_norm=_largest(clipped, finite | (nonfinite == "zero")),
             threshold=jnp.ones([], plan.dtype),
             factor=jnp.min(product, initial=1),
-            share=jnp.mean((ratios > threshold).astype(plan.dtype)) if ratios.size else rho * 0,
+            share=jnp.mean(over.astype(plan.dtype)) if roots.size else rho * 0,
         )
         return updates, advanced(state, outcome, (), Detail(ratios, clipped) if detail else ())
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _ratios(
+def _roots_of_ratios(
     plan: measuring.Plan, updates: Any, params: Any, relative: jax.Array, absolute: jax.Array
 ) -> jax.Array:
-    """The largest ratio of an entry to its bound in each leaf; infinity where one is not finite."""
+    """Of each leaf the largest ratio of an entry to its bound, as its square root.
+
+    The root stays in range where the ratio does not. Infinity where an entry is not finite.
+    """
 
     def of_leaf(x: jax.Array, w: jax.Array) -> jax.Array:
         zero = norms.read(x, jnp.zeros([], plan.dtype))
@@ -130,16 +135,16 @@ def _ratios(
         size, weight = norms.modulus(norms.widened(x)), norms.modulus(norms.widened(w))
         rho, alpha, least = (scalar.astype(weight.dtype) for scalar in scalars)
         bound = jnp.maximum(rho * weight + alpha, least)
-        ratio = jnp.minimum(jnp.max(size / bound.astype(size.dtype)), norms.largest(size.dtype))
-        return jnp.where(jnp.isfinite(poison), ratio, jnp.inf).astype(plan.dtype)
+        root = jnp.max(jnp.sqrt(size) / jnp.sqrt(bound).astype(size.dtype))
+        return jnp.where(jnp.isfinite(poison), root, jnp.inf).astype(plan.dtype)
 
-    ratios = [
+    roots = [
         of_leaf(x, w)
         for x, w in zip(
             measuring.picked(plan, updates), measuring.picked(plan, params), strict=True
         )
     ]
-    vector = jnp.stack(ratios) if ratios else jnp.zeros(plan.shape, plan.dtype)
+    vector = jnp.stack(roots) if roots else jnp.zeros(plan.shape, plan.dtype)
     return lax.pmax(vector, plan.axis_names) if plan.axis_names else vector
 
 
