@@ -101,7 +101,8 @@ def clippy(
                 updates = measuring.zeroed_unless(finite, updates)
         ratios = jnp.where(finite, jnp.minimum(roots * roots, norms.largest(plan.dtype)), roots)
         product = jnp.where(finite, factor.product(), 0 if nonfinite == "zero" else 1)
-        clipped = jnp.where(finite, ratios * product, 0 if nonfinite == "zero" else ratios)
+        left = (roots * factor.coarse) * (roots * factor.fine)
+        clipped = jnp.where(finite, left, 0 if nonfinite == "zero" else ratios)
         outcome = Outcome(
             finite=finite,
             norm=_largest(ratios, finite),
@@ -127,15 +128,19 @@ def _roots_of_ratios(
         zero = norms.read(x, jnp.zeros([], plan.dtype))
         poison = jnp.sum(zero.real if jnp.iscomplexobj(zero) else zero)
         least = jnp.full([], jnp.finfo(norms.accumulator(w.dtype)).tiny, plan.dtype)
+        half = jnp.full([], 0.5, plan.dtype)
         # No bound at all is none for parameters of 0 either.
         alpha = jnp.where(jnp.isinf(relative), jnp.inf, absolute)
         rho = jnp.minimum(relative, norms.largest(relative.dtype))
         # Through one barrier with the scalars, so that leaves of one shape share no broadcast.
-        x, w, *scalars = lax.optimization_barrier((x, w, rho, alpha, least))
-        size, weight = norms.modulus(norms.widened(x)), norms.modulus(norms.widened(w))
-        rho, alpha, least = (scalar.astype(weight.dtype) for scalar in scalars)
+        x, w, *scalars = lax.optimization_barrier((x, w, rho, alpha, least, half))
+        rho, alpha, least, half = scalars
+        # Halves, since the modulus of a complex number may overflow where its parts do not.
+        size = norms.modulus(norms.scaled(norms.widened(x), half))
+        weight = norms.modulus(norms.scaled(norms.widened(w), half))
+        rho, alpha, least = (x.astype(weight.dtype) for x in (rho, half * alpha, least))
         bound = jnp.maximum(rho * weight + alpha, least)
-        root = jnp.max(jnp.sqrt(size) / jnp.sqrt(bound).astype(size.dtype))
+        root = jnp.max(norms.square_root(size) / norms.square_root(bound).astype(size.dtype))
         return jnp.where(jnp.isfinite(poison), root, jnp.inf).astype(plan.dtype)
 
     roots = [
