@@ -229,8 +229,8 @@ def adagc(
     the smallest clipped norm of the tensor so far.
 
     Known weakness (log-normal norms, `python -m benchmarks.dynamics`): with 1.05 it clips 42% of
-    the steps at a noise of 0.1, and 80% at 0.5, where 0.55 of the norm comes out. It rises by 0.1% a
-    step at the most: a tenfold rise takes 1,616 steps (43 with `patience=20`, 163 with
+    the steps at a noise of 0.1, and 80% at 0.5, where 0.55 of the norm comes out. It rises by 0.1%
+    a step at the most: a tenfold rise takes 1,616 steps (43 with `patience=20`, 163 with
     `relative=1.5`). `max_norm` gives it a scale to start from: with norms about 100 most steps lose
     more than 10% until step 4,541.
 
@@ -427,10 +427,10 @@ def robust_clip(
 
     Measured (log-normal norms, medians of `python -m benchmarks.dynamics`): it clips 2.3% to 3.5%
     of the steps at any noise from 0.02 to 1, lets spikes out at 1.4 to 1.5 times the level, and
-    follows a tenfold rise in 95 steps, a fall in 90. Known weakness: the last of 20 steps at 20 times the
-    norm comes out at 3.0; after a tenfold rise the threshold overshoots to 2.3 times its new level;
-    of Pareto-distributed norms it clips 9.8%; and the first norm of all is never clipped: a spike
-    there leaves the threshold at 33 times the norm 20 steps later.
+    follows a tenfold rise in 95 steps, a fall in 90. Known weakness: the last of 20 steps at 20
+    times the norm comes out at 3.0; after a tenfold rise the threshold overshoots to 2.3 times its
+    new level; of Pareto-distributed norms it clips 9.8%; and the first norm of all is never
+    clipped: a spike there leaves the threshold at 33 times the norm 20 steps later.
 
     Args:
         deviations: k, deviations of the log norm above its mean; 2.0 clips about one step in 30,
