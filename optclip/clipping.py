@@ -127,10 +127,7 @@ def clip_by(
             raise ValueError(NO_PARAMS_MSG)
         if state is None:
             if rule.has_memory:
-                raise ValueError(
-                    "this clip learns from earlier steps and needs its state: pass what "
-                    "init(params) or the last update(...) returned, not None"
-                )
+                raise ValueError(NEEDS_STATE_MSG)
             state = init(updates)
         plan = look(updates)
         step = step_of(state)
@@ -185,6 +182,11 @@ NO_PARAMS_MSG = (
     "passing `params` when calling `update`."
 )
 """What Optax's transformations say there."""
+
+NEEDS_STATE_MSG = (
+    "this clip learns from earlier steps and needs its state: pass what init(params) or the last "
+    "update(...) returned, not None"
+)
 
 
 def _check(rule: Rule, scope: Any, norm: Any, limiter: Any, nonfinite: Any) -> None:

@@ -19,7 +19,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optclip import devices, norms
-from optclip.limiters import Factor, Limiter
+from optclip.limiters import Factor, Limiter, factor_of
 from optclip.norms import Axes, Magnitude, Norm
 from optclip.scopes import Scope, answer_per_leaf, leaves_with_paths
 
@@ -344,13 +344,18 @@ def clamp(plan: Plan, updates: Any, limiter: Limiter, threshold: jax.Array) -> A
         wide, bound = norms.widened(x), bound.astype(norms.accumulator(x.dtype))
         if limiter.entry is not None and not jnp.iscomplexobj(x):
             return limiter.entry(wide, bound)
-        # At half the size: a modulus may overflow where the entry does not.
-        half = jnp.full([], 0.5, bound.dtype)
-        return norms.scaled(
-            wide, limiter.factor(norms.modulus(norms.scaled(wide, half)), half * bound)
-        )
+        factor = entry_factor(limiter, wide, bound)
+        return norms.scaled(norms.scaled(wide, factor.coarse), factor.fine)
 
     return _mapped(plan, updates, clamped)
+
+
+def entry_factor(limiter: Limiter, wide: jax.Array, bound: jax.Array) -> Factor:
+    """The factor of every entry, as a group of its own."""
+    # At half the size: a modulus may overflow where the entry does not.
+    half = jnp.full([], 0.5, bound.dtype)
+    modulus = norms.modulus(norms.scaled(wide, half))
+    return factor_of(limiter, Magnitude(modulus, half), bound)
 
 
 def share_above(plan: Plan, updates: Any, threshold: jax.Array) -> jax.Array:

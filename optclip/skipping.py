@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from optclip import measuring, norms, scopes
-from optclip.clipping import NO_PARAMS_MSG, clip_by
+from optclip.clipping import NEEDS_STATE_MSG, NO_PARAMS_MSG, clip_by
 from optclip.methods import robust_clip
 from optclip.state import ClipState
 from optclip.thresholds.checking import check_choice, check_count, check_number, number_at
@@ -143,6 +143,8 @@ def skip_spikes(
     def update(
         updates: Any, state: Any, params: Any = None, *, loss: Any = None, **extra_args: Any
     ) -> tuple[Any, SkipState]:
+        if state is None:
+            raise ValueError(NEEDS_STATE_MSG)
         plan = measuring.plan(scopes.tree, updates, axis_name, sharded)
         with jax.named_scope("optclip/measure"):
             magnitude = measuring.measure(plan, norms.l2, updates)
@@ -343,6 +345,8 @@ def safeguard(
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, SafeguardState]:
+        if state is None:
+            raise ValueError(NEEDS_STATE_MSG)
         clip_state: Any
         updates, clip_state = clip.update(updates, state.clip, params)
         skipping = clip_state.nonfinite_steps > state.clip.nonfinite_steps

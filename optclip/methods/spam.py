@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from optclip import limiters, measuring, norms, scopes
-from optclip.clipping import Nonfinite, check_nonfinite
+from optclip.clipping import NEEDS_STATE_MSG, Nonfinite, check_nonfinite
 from optclip.state import ClipState, Outcome, advanced, fresh, step_of
 from optclip.thresholds.checking import check_choice, check_decay, check_number, number_at
 from optclip.thresholds.history import LearnFrom, mixed
@@ -83,10 +83,7 @@ def spam_clip(
     ) -> tuple[Any, ClipState]:
         del params, extra_args
         if state is None:
-            raise ValueError(
-                "spam_clip learns from earlier steps and needs its state: pass what init(params) "
-                "or the last update(...) returned, not None"
-            )
+            raise ValueError(NEEDS_STATE_MSG)
         plan = measuring.plan(scopes.element, updates, axis_name, sharded)
         like = jnp.zeros([], plan.dtype)
         theta, keep, warmup = (
@@ -106,20 +103,20 @@ def spam_clip(
                 bound = jnp.where(acting & (moment > 0), bound, jnp.inf)
                 wide = norms.widened(x)
                 size = norms.modulus(wide)
-                factor = limiters.rescale.factor(size, bound)
+                factor = measuring.entry_factor(limiters.rescale, wide, bound)
                 limited = (
-                    norms.scaled(wide, factor)
+                    norms.scaled(norms.scaled(wide, factor.coarse), factor.fine)
                     if jnp.iscomplexobj(x)
                     else lax.clamp(-bound, wide, bound)
                 )
                 leaves[member.index] = limited.astype(x.dtype)
-                seen = size if learn_from == "raw" else jnp.minimum(size, bound)
+                limited_size = jnp.minimum(size, bound)
+                seen = size if learn_from == "raw" else limited_size
                 # The root of v, as squares would leave the range; mixed as v is.
                 new = mixed(moment, seen, keep.astype(moment.dtype))
                 learned.append(jnp.where(finite, new, moment))
-                least.append(
-                    (jnp.min(bound).astype(plan.dtype), jnp.min(factor).astype(plan.dtype))
-                )
+                extremes = (jnp.min(bound), jnp.min(factor.product()), -jnp.max(limited_size))
+                least.append(jnp.stack([x.astype(plan.dtype) for x in extremes]))
                 count = jnp.sum((size > bound).astype(plan.dtype))
                 above.append(count / member.split.copies)
             flat, structure = jax.tree.flatten(updates)
@@ -127,13 +124,9 @@ def spam_clip(
             updates = jax.tree.unflatten(structure, flat)
             if nonfinite == "zero":
                 updates = measuring.zeroed_unless(finite, updates)
-        clipped = measuring.measure(plan, norms.linf, updates)
-        bounds, factors = (
-            (jnp.stack(x) for x in zip(*least, strict=True))
-            if least
-            else (like + jnp.inf, like + 1)
-        )
-        smallest = jnp.stack([jnp.min(bounds, initial=jnp.inf), jnp.min(factors, initial=1)])
+        # The smallest bound, the smallest factor, and the largest entry left, negative.
+        least.append(jnp.array([jnp.inf, 1, 0], plan.dtype))
+        smallest = jnp.min(jnp.stack(least), axis=0)
         share = sum(above, like)
         if plan.axis_names:
             smallest, share = lax.pmin(smallest, plan.axis_names), lax.psum(share, plan.axis_names)
@@ -141,7 +134,9 @@ def spam_clip(
         outcome = Outcome(
             finite=finite,
             norm=magnitude.saturated(),
-            clipped_norm=clipped.saturated(),
+            clipped_norm=jnp.where(
+                finite, -smallest[2], 0 if nonfinite == "zero" else magnitude.value
+            ),
             threshold=smallest[0],
             factor=jnp.where(finite, smallest[1], handed_on),
             share=share / max(float(plan.sizes), 1),
