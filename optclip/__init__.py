@@ -9,7 +9,7 @@ runs these four steps; a named method is a composition of `norms`, `scopes`, `th
 `limiters`. `metrics` reads what a clip did from any optimizer state.
 """
 
-from optclip import limiters, norms, scopes, thresholds
+from optclip import histograms, limiters, norms, scopes, thresholds
 from optclip.clipping import clip_by
 from optclip.methods import (
     adagc,
@@ -53,6 +53,7 @@ __all__ = [
     "clip_by_value",
     "clip_by_window",
     "clippy",
+    "histograms",
     "limiters",
     "measure_norms",
     "metrics",

@@ -363,7 +363,8 @@ def share_above(plan: Plan, updates: Any, threshold: jax.Array) -> jax.Array:
 
     def count(x: jax.Array) -> jax.Array:
         dtype = norms.accumulator(x.dtype)
-        bound, steep, one = threshold.astype(dtype), jnp.full([], 1e30, dtype), jnp.ones([], dtype)
+        bound, one = threshold.astype(dtype), jnp.ones([], dtype)
+        steep = jnp.full([], norms.largest(dtype), dtype)
         x, bound, steep, one = lax.optimization_barrier((x, bound, steep, one))
         modulus = norms.modulus(norms.widened(x))
         # As arithmetic, which XLA fuses into the sum on every backend, and not as a comparison.

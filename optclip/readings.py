@@ -1,10 +1,14 @@
 """`metrics`: the readings of every clip in an optimizer's state, as a flat dict of scalars."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from optclip.measuring import is_floating
+from optclip.scopes import is_variable, leaves_with_paths
 from optclip.skipping import SafeguardState, SkipState
 from optclip.state import ClipState
 
@@ -16,11 +20,12 @@ _CLIP = (
     "clip_rate",
     "recent_clip_rate",
     "nonfinite_steps",
+    "detail",
 )
 _SKIP = ("skipped_steps", "skipping", "norm", "threshold", "nonfinite_steps")
 
 
-def metrics(opt_state: Any) -> dict[str, jax.Array]:
+def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     """The readings of every clip in an optimizer's state.
 
     It only looks them up: nothing is computed, so it costs nothing inside a jitted step.
@@ -29,6 +34,9 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         opt_state: Any nest of states with `ClipState`s in it: a chain's, an optimizer's inside
             `optax.MultiSteps` or `optax.inject_hyperparams`, the `opt_state` of a linen
             `TrainState` or an `nnx.Optimizer`.
+        params: What names the readings of single leaves, where `detail=True` keeps them: a tree
+            with the leaves that the clip sees (the parameters, a part of them inside
+            `optax.masked`), or a list with a name for every group. Default: they are left out.
 
     Returns:
         For one clip `clip/norm` (before clipping), `clip/clipped_norm` (after), `clip/threshold`,
@@ -39,23 +47,45 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
         `bound/...` for the one after it, with `bound/update_ratio`, and `skip/...`. An empty dict
         where there is nothing to read.
 
+        With `params` also `clip/norms/dense/kernel`, `clip/clipped_norms/dense/kernel` and so on,
+        by path; by number, `clip/norms/0`, where the groups are not one for each of the leaves.
+
     Example:
         >>> import jax.numpy as jnp, optax, optclip
-        >>> optimizer = optax.chain(optclip.clip_by_global_norm(1.0), optax.sgd(0.01))
-        >>> state = optimizer.init(jnp.zeros(2))
-        >>> _, state = optimizer.update(jnp.array([3.0, 4.0]), state)
-        >>> readings = optclip.metrics(state)
+        >>> optimizer = optax.chain(optclip.clip_by_global_norm(1.0, detail=True), optax.sgd(0.01))
+        >>> params = {"w": jnp.zeros(2), "b": jnp.zeros(1)}
+        >>> grads = {"w": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
+        >>> _, state = optimizer.update(grads, optimizer.init(params))
+        >>> readings = optclip.metrics(state, params)
         >>> float(readings["clip/norm"]), float(readings["clip/clip_rate"])
         (5.0, 1.0)
+        >>> float(readings["clip/norms/w"]), float(readings["clip/norms/b"])
+        (3.0, 4.0)
     """
     found = list(_found(opt_state))
+    names = [] if params is None else _names(params)
     result: dict[str, jax.Array] = {}
     for kind in ("clip", "bound", "skip"):
         readings = [values for of, values in found if of == kind]
         for place, values in enumerate(readings):
             prefix = kind if len(readings) == 1 else f"{kind}/{place}"
+            detail = values.pop("detail", ())
             result |= {f"{prefix}/{name}": _array(x) for name, x in values.items()}
+            if params is not None and detail:
+                for what, vector in detail._asdict().items():
+                    numbers = list(_array(vector))
+                    by_name = names if len(names) == len(numbers) else range(len(numbers))
+                    pairs = zip(by_name, numbers, strict=True)
+                    result |= {f"{prefix}/{what}/{name}": x for name, x in pairs}
     return result
+
+
+def _names(params: Any) -> list[str]:
+    """Of the groups that a clip by leaf makes of the tree, or as they were given."""
+    if isinstance(params, list | tuple) and all(isinstance(name, str) for name in params):
+        return list(params)
+    leaves = leaves_with_paths(params)
+    return [path for path, x in leaves if is_floating(x) and math.prod(jnp.shape(x))]
 
 
 def _found(state: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -80,4 +110,4 @@ def _fields(node: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 def _array(x: Any) -> jax.Array:
     """The array in a leaf; `nnx.Optimizer` wraps its leaves in variables."""
-    return x.get_value() if hasattr(x, "get_value") else x
+    return x.get_value() if is_variable(x) else x

@@ -156,8 +156,20 @@ def fan_in_axes(path: str, shape: tuple[int, ...]) -> Axes:
 
 def leaves_with_paths(updates: Any) -> list[tuple[str, Any]]:
     """The leaves with their paths ("block_0/attention/kernel"), in order."""
-    found, _ = jax.tree_util.tree_flatten_with_path(updates)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in found]
+    found, _ = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_variable)
+    leaves = []
+    for path, node in found:
+        # Parameters in an nnx variable have the path of the gradient, which is in none.
+        inside = 1 if is_variable(node) else 0
+        for rest, x in jax.tree_util.tree_flatten_with_path(node)[0]:
+            whole = path + rest[inside:]
+            leaves.append((jax.tree_util.keystr(whole, simple=True, separator="/"), x))
+    return leaves
+
+
+def is_variable(node: Any) -> bool:
+    """Whether a node of a tree is a variable of Flax nnx, which holds an array."""
+    return hasattr(node, "get_value")
 
 
 def answer_per_leaf(question: Any, updates: Any, name: str) -> list[Any]:

@@ -98,6 +98,7 @@ FIXED = (
     ),
     Method("smooth_clip", {"max_norm": 1.0}, traced=("max_norm",), hard=False),
     Method("measure_norms", {}),
+    Method("measure_norms", {"histogram": True}, has_memory=True, variant="histogram"),
 )
 
 LEARNING = (
@@ -203,7 +204,13 @@ WRAPPERS = (
 )
 """Wrappers of optimizers, around one that changes nothing."""
 
-WITHOUT_METHOD = {"ClipState", "clip_by", "limiters", "metrics", "norms", "scopes", "thresholds"}
+WITHOUT_METHOD = {"ClipState", "clip_by", "metrics"} | {
+    "histograms",
+    "limiters",
+    "norms",
+    "scopes",
+    "thresholds",
+}
 """Public names that are no methods."""
 
 

@@ -45,7 +45,7 @@ def smooth_clip(max_norm: float) -> Clip:
     return Clip(max_norm, limiter=smooth)
 
 
-def measure_norms() -> Clip:
+def measure_norms(histogram: bool = False) -> Clip:
     return Clip(math.inf)
 
 

@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,13 +19,23 @@ from samples import quick_jit
 
 import optclip
 
-each_method = pytest.mark.parametrize("method", METHODS, ids=str)
 
-each_method_with_detail = pytest.mark.parametrize(
-    "method",
-    [m for m in METHODS if "detail" in inspect.signature(getattr(optclip, m.name)).parameters],
-    ids=str,
-)
+def takes(method: Method, argument: str) -> bool:
+    """Whether the method has an argument of that name."""
+    return argument in inspect.signature(getattr(optclip, method.name)).parameters
+
+
+def each(wanted: Callable[[Method], bool]) -> Any:
+    """One test for each method that is `wanted`."""
+    return pytest.mark.parametrize("method", list(filter(wanted, METHODS)), ids=str)
+
+
+each_method = each(lambda method: True)
+each_method_with_numbers = each(lambda method: bool(method.traced))
+each_method_without_memory = each(lambda method: not method.has_memory)
+each_method_with_a_threshold = each(lambda method: bool(method.traced) and not method.has_memory)
+each_method_with_detail = each(lambda m: takes(m, "detail"))
+
 
 LARGEST = float(np.finfo(np.float32).max)
 TINY = float(np.finfo(np.float32).tiny)

@@ -15,12 +15,14 @@ from running import (
     clip_state,
     compiled_with_traced_arguments,
     each_method,
+    each_method_with_a_threshold,
     each_method_with_detail,
+    each_method_without_memory,
     readings,
     start,
 )
 from samples import assert_same, quick_jit
-from strategies import TREES, values
+from strategies import TREES, parameters, values
 
 import optclip
 
@@ -61,60 +63,89 @@ def test_4_any_norm_under_any_threshold(method):
                 assert read["nonfinite_steps"] == 0, where
 
 
-@each_method
+@each_method_without_memory
 def test_4_threshold_0_gives_zeros_and_infinity_the_input(method):
-    if not method.traced or method.has_memory:
-        thresholds = {math.inf: {}} if not method.has_memory else {}
-    else:
-        thresholds = {size: numbers_for(method, size) for size in (0.0, math.inf)}
     gradient = params = {"w": jnp.asarray(DIRECTION, jnp.float32), "b": jnp.ones(3, jnp.float16)}
-    for threshold, numbers in thresholds.items():
-        transform = method.build(**numbers)
-        updates, _ = transform.update(gradient, transform.init(params), params)
+    for threshold in (0.0, math.inf) if method.traced else (math.inf,):
+        transform = method.build(**numbers_for(method, threshold))
+        updates, _ = quick_jit(transform.update)(gradient, transform.init(params), params)
         if threshold == 0:
             assert all(not np.any(oracles.wide(x)) for x in jax.tree.leaves(updates))
         else:
             assert_same(updates, gradient)
 
 
+WEIGHTS = jax.tree.map(np.asarray, values(TREES["small"], seed=1))
+TANGENT = jax.tree.map(np.asarray, values(TREES["small"], seed=2))
+
+
+def weighted(tree, weights=WEIGHTS):
+    """A number that depends on every entry."""
+    pairs = zip(jax.tree.leaves(weights), jax.tree.leaves(tree), strict=True)
+    return sum((w * x).real.sum() for w, x in pairs)
+
+
+def slope(outcome_at, step=1e-6):
+    """The derivative of an oracle's weighted outcome, by central differences in float64."""
+    ahead, behind = (weighted(outcome_at(h).updates) for h in (step, -step))
+    return (ahead - behind) / (2 * step)
+
+
+def slope_along(tangent, gradient, begin):
+    """By the gradient, in the direction of the tangent."""
+    wide = jax.tree.map(oracles.wide, gradient)
+
+    def outcome_at(h):
+        return begin.oracle.peek(jax.tree.map(lambda x, v: x + h * v, wide, tangent), begin.params)
+
+    return slope(outcome_at)
+
+
 @each_method
 def test_4_derivatives_are_right_and_finite_at_zero(method):
     begin = start(method, "small")
-    weights = jax.tree.map(np.asarray, values(TREES["small"], seed=1))
-    tangent = jax.tree.map(np.asarray, values(TREES["small"], seed=2))
+    numbers = {name: jnp.float32(method.arguments[name]) for name in method.traced}
 
-    def weighted(tree):
-        pairs = zip(jax.tree.leaves(weights), jax.tree.leaves(tree), strict=True)
-        return sum((w * x).real.sum() for w, x in pairs)
-
-    def loss(gradient, state, params):
-        return weighted(method.build().update(gradient, state, params)[0])
+    def loss(gradient, numbers, state, params):
+        return weighted(method.build(**numbers).update(gradient, state, params)[0])
 
     @quick_jit
-    def derivatives(gradient, tangent, state, params):
-        _, forward = jax.jvp(lambda x: loss(x, state, params), (gradient,), (tangent,))
-        return forward, jax.grad(loss)(gradient, state, params)
-
-    def slope(gradient):
-        """By central differences of the oracle."""
-        wide = jax.tree.map(oracles.wide, gradient)
-        ahead, behind = (
-            jax.tree.map(lambda x, v, step=step: x + step * v, wide, tangent)
-            for step in (1e-6, -1e-6)
-        )
-        ahead, behind = (begin.oracle.peek(x, begin.params).updates for x in (ahead, behind))
-        return (weighted(ahead) - weighted(behind)) / 2e-6
+    def derivatives(gradient, *others):
+        _, forward = jax.jvp(lambda x: loss(x, *others), (gradient,), (TANGENT,))
+        return forward, *jax.grad(loss, (0, 1))(gradient, *others)
 
     zero = jax.tree.map(jnp.zeros_like, begin.params)
-    ordinary = values(TREES["small"])
-    below = values(TREES["small"], scale=1e-3)
+    below, ordinary = (values(TREES["small"], scale=scale) for scale in (1e-3, 1.0))
     for gradient in (zero, below, ordinary):
         # Around a zero gradient nothing is clipped, and the clip is the identity.
-        expected = weighted(tangent) if gradient is zero else slope(gradient)
-        forward, backward = derivatives(gradient, tangent, begin.state, begin.params)
-        pairs = zip(jax.tree.leaves(backward), jax.tree.leaves(tangent), strict=True)
-        for derivative in (forward, sum((g * v).real.sum() for g, v in pairs)):
+        expected = weighted(TANGENT) if gradient is zero else slope_along(TANGENT, gradient, begin)
+        forward, backward, of_numbers = derivatives(gradient, numbers, begin.state, begin.params)
+        for derivative in (forward, weighted(backward, TANGENT)):
             np.testing.assert_allclose(float(derivative), expected, rtol=1e-4, atol=1e-4)
+        for name, derivative in of_numbers.items():
+            assert math.isfinite(derivative), name
+
+
+@each_method_with_a_threshold
+def test_4_derivatives_by_the_threshold_are_right(method):
+    gradient, params = values(TREES["small"]), parameters(TREES["small"])
+    state = method.build().init(params)
+    numbers = {name: float(method.arguments[name]) for name in method.traced}
+
+    @quick_jit
+    def derivatives(numbers, *others):
+        return jax.grad(lambda numbers: weighted(method.build(**numbers).update(*others)[0]))(
+            numbers
+        )
+
+    found = derivatives(numbers, gradient, state, params)
+    for name, number in numbers.items():
+
+        def outcome_at(h, name=name, number=number):
+            return oracle_of(method, **{name: number + h}).step(gradient, params)
+
+        expected = slope(outcome_at)
+        np.testing.assert_allclose(float(found[name]), expected, rtol=1e-4, atol=1e-4)
 
 
 # Contract 7

@@ -63,9 +63,12 @@ def single(request):
 
 
 def steps_of(update, state, place=lambda tree: tree):
+    """One program for all steps, and a state that lies where it lay, the same on all devices."""
     params, steps = place(PARAMS), []
+    types = [(jax.typeof(x), x.sharding) for x in jax.tree.leaves(state)]
     for gradient in GRADIENTS:
         updates, state = update(place(gradient), state, params)
+        assert [(jax.typeof(x), x.sharding) for x in jax.tree.leaves(state)] == types
         for x in jax.tree.leaves(state):
             if x.sharding.is_fully_replicated:
                 assert_one_value([shard.data for shard in x.addressable_shards])

@@ -10,7 +10,12 @@ import numpy as np
 import optax
 import pytest
 from registry import METHODS
-from running import compiled_with_traced_arguments, each_method
+from running import (
+    compiled_with_traced_arguments,
+    each_method,
+    each_method_with_a_threshold,
+    each_method_with_numbers,
+)
 from samples import assert_same
 
 import optclip
@@ -20,17 +25,13 @@ pytestmark = pytest.mark.usefixtures("strict")
 
 MATRIX = jnp.asarray([[0.6, -0.8], [0.8, 0.6]], jnp.float32)
 
-each_stateless_method = pytest.mark.parametrize(
-    "method", [m for m in METHODS if m.traced and not m.has_memory], ids=str
-)
-
 
 def shows(*parts):
     """A pattern for a message that shows all parts, in this order."""
     return "(?s)" + ".*".join(map(re.escape, parts))
 
 
-@each_method
+@each_method_with_numbers
 def test_5_a_nan_is_refused_for_every_number(method):
     for name in method.traced:
         for nan in (math.nan, np.float32("nan"), jnp.asarray(math.nan, jnp.bfloat16)):
@@ -38,7 +39,7 @@ def test_5_a_nan_is_refused_for_every_number(method):
                 method.build(**{name: nan})
 
 
-@each_stateless_method
+@each_method_with_a_threshold
 def test_5_a_negative_threshold_is_refused(method):
     for name in method.traced:
         for negative in (-0.5, np.float64(-0.5), jnp.asarray(-0.5), -math.inf):
@@ -46,7 +47,7 @@ def test_5_a_negative_threshold_is_refused(method):
                 method.build(**{name: negative})
 
 
-@each_method
+@each_method_with_numbers
 @pytest.mark.parametrize(
     "nonsense", ["1.0", None, [1.0, 2.0], np.ones(2), jnp.ones(1), True, 1 + 2j, {}], ids=repr
 )
@@ -54,7 +55,7 @@ def test_5_what_is_no_number_is_refused(method, nonsense):
     if method.name == "clip_by_group_norm" and isinstance(nonsense, dict):
         with pytest.raises(ValueError, match=shows("at least one label", "{}", "pass")):
             method.build(max_norm=nonsense)
-    elif method.traced:
+    else:
         name = method.traced[0]
         with pytest.raises(ValueError, match=shows(method.name, name, repr(nonsense), "; ")):
             method.build(**{name: nonsense})
@@ -109,6 +110,16 @@ REFUSED_AT_ONCE = {
         "scopes.element",
         "scopes.unit()",
     ),
+    "decay 1": (lambda: optclip.zclip(decay=1.0), "zclip(decay=...)", "1.0", "0.97"),
+    "decay below 0": (lambda: optclip.spam_clip(decay=-0.1), "spam_clip(decay=...)", "-0.1"),
+    "percentile": (lambda: optclip.autoclip(101), "autoclip(percentile=...)", "100", "101", "10"),
+    "quantile": (lambda: optclip.clip_by_quantile(1.5), "(quantile=...)", "[0, 1]", "1.5"),
+    "warm-up": (lambda: optclip.adagc(warmup_steps=-1), "adagc(warmup_steps=...)", "-1", "0"),
+    "no window": (lambda: optclip.clip_by_window(window=0), "(window=...)", "at least 1", "0"),
+    "window in parts": (lambda: optclip.autoclip(window=2.5), "(window=...)", "whole", "2.5"),
+    "patience": (lambda: optclip.zclip(patience=0), "(patience=...)", "0", "None"),
+    "variant": (lambda: optclip.zclip(variant="median"), "variant", "'mean'", "'median'"),
+    "learning": (lambda: optclip.adagc(learn_from="all"), "learn_from", "'clipped'", "'all'"),
     "a label's bound": (lambda: clip_by_group({"a": 1.0, "b": -2.0}), "'b'", "-2.0", "jnp.inf"),
     "no bounds": (lambda: clip_by_group({}), "at least one label", "{}"),
     "axis that is no axis": (lambda: scopes.unit("rows"), "axes", "'rows'", "int"),
@@ -154,7 +165,7 @@ def test_5_a_traced_order_is_refused_with_the_way_out():
         jax.jit(lambda order: optclip.clip_by_global_norm(1.0, ord=order).init(MATRIX))(2.0)
 
 
-@each_stateless_method
+@each_method_with_a_threshold
 def test_5_traced_nonsense_has_a_meaning(method):
     update, params = compiled_with_traced_arguments(method), {"w": MATRIX}
     gradient, state = {"w": 100 * MATRIX}, method.build().init(params)

@@ -121,12 +121,8 @@ def on_mesh(tree, axis_type):
 
 
 def types_of(tree):
-    """Structure, and of every leaf shape, dtype, weakness of type and sharding."""
+    """Structure, and of every leaf shape, dtype and weakness of type."""
     return jax.tree.structure(tree), [jax.typeof(x) for x in jax.tree.leaves(tree)]
-
-
-def places_of(tree):
-    return [x.sharding for x in jax.tree.leaves(tree)]
 
 
 @each_method
@@ -145,37 +141,18 @@ def test_a_step_keeps_the_types_of_the_state(method, params_kind, updates_kind, 
     jax.eval_shape(step, gradient(updates_kind), state, params)
 
 
-def assert_one_program(step, traces, state, params, updates_of_steps):
-    """Each step twice: the same results, types and shardings, and all of it compiled once."""
-    types, places = types_of(state), places_of(state)
-    for updates in updates_of_steps:
-        again = step(copied(updates), copied(state), params)
-        once = step(updates, state, params)
+def test_one_program_runs_all_steps(programs, strict):
+    """On a mesh, see `test_contracts_layout.py`."""
+    params, state = programs.params, programs.transform.init(programs.params)
+    types = types_of(state)
+    for updates in gradients_of(SCALES):
+        again = programs.step(copied(updates), copied(state), params)
+        once = programs.step(updates, state, params)
         assert_same(once, again)
         state = once[1]
         assert types_of(state) == types
-        assert places_of(state) == places
-    assert len(traces) == 1
-    assert step._cache_size() == 1
-
-
-def test_one_program_runs_all_steps(programs, strict):
-    transform, params, steps = programs.transform, programs.params, gradients_of(SCALES)
-    assert_one_program(programs.step, programs.traces, transform.init(params), params, steps)
-
-
-@each_method
-@each_mesh
-def test_one_program_runs_all_steps_on_a_mesh(method, axis_type, strict):
-    transform, params = detailed(method), on_mesh(parameters("mixed"), axis_type)
-    steps, traces = [on_mesh(step, axis_type) for step in gradients_of(SCALES[-3:])], []
-
-    @quick_jit
-    def step(updates, state, params):
-        traces.append(state)
-        return transform.update(updates, state, params)
-
-    assert_one_program(step, traces, transform.init(params), params, steps)
+    assert len(programs.traces) == 1
+    assert programs.step._cache_size() == 1
 
 
 @each_method

@@ -25,6 +25,8 @@ from running import (
 from samples import assert_same, quick_jit
 from strategies import TREES, TYPES, few, fillings, parameters, spec, structures, values
 
+import optclip
+
 pytestmark = pytest.mark.usefixtures("strict")
 
 THRESHOLDS = {
@@ -188,3 +190,11 @@ def test_3_negative_zeros_and_a_threshold_that_is_met_exactly(method):
         params = jax.tree.map(jnp.ones_like, gradient)
         updates, _ = quick_jit(transform.update)(gradient, transform.init(params), params)
         assert_same(updates, gradient)
+
+
+@pytest.mark.parametrize("size", [1e-35, 1e-31, 1.0, 1e30])
+def test_3_the_share_of_clipped_entries_is_read_at_every_magnitude(size):
+    clip = optclip.clip_by_value(size)
+    gradient = jnp.asarray(size * np.array([3.0, -2.0, 0.5, 0.0]), jnp.float32)
+    _, state = clip.update(gradient, clip.init(gradient))
+    assert_right(state.clip_rate, 0.5)

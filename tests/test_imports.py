@@ -17,6 +17,7 @@ LAYERS = (
     {"measuring"},
     {"state"},
     {"clipping"},
+    {"histograms"},
     {"methods"},
     {"skipping"},
     {"readings"},
@@ -25,7 +26,7 @@ LAYERS = (
 )
 """A module may import from its own layer and from those before it, but not in a circle."""
 
-WITH_OPTAX = {"state", "clipping", "methods", "skipping"}
+WITH_OPTAX = {"state", "clipping", "histograms", "methods", "skipping"}
 OUTSIDE = {name: {"jax", "numpy", "optax"} for name in WITH_OPTAX}
 """What else a module may import; jax and numpy, which comes with jax, where nothing is said."""
 
