@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optclip import limiters, measuring, norms, scopes, thresholds
+from optclip import changing, limiters, measuring, norms, planning, scopes, thresholds
 from optclip.limiters import Factor, Limiter
-from optclip.measuring import Plan
 from optclip.norms import Magnitude, Norm
+from optclip.planning import Plan
 from optclip.scopes import Scope
 from optclip.state import (
     ClipState,
@@ -95,21 +95,23 @@ def clip_by(
         norm = norms.linf  # Every norm of one entry is its modulus; the tree's is the largest.
 
     def look(updates: Any, scope: Scope = scope) -> Plan:
-        return measuring.plan(scope, updates, axis_name, sharded)
+        return planning.plan(scope, updates, axis_name, sharded)
 
     def shape_of(params: Any, scope: Scope) -> tuple[int, ...]:
-        return measuring.shape_of_norms(scope, params, axis_name, sharded)
+        return planning.shape_of_norms(scope, params, axis_name, sharded)
 
-    def measure(plan: Plan, updates: Any) -> tuple[Magnitude, jax.Array | None]:
+    def measure(plan: Plan, *trees: Any) -> list[tuple[Magnitude, jax.Array | None]]:
         """The norms of the groups; those of the leaves too where detail of one group is wanted."""
         if not (detail and scope.one_group):
-            return measuring.measure(plan, norm, updates), None
-        by_leaf = look(updates, scopes.leaf)
-        of_leaves = measuring.measure(by_leaf, norm, updates)
-        return norms.pool(norm, of_leaves, by_leaf.sizes), of_leaves.saturated()
+            return [(found, None) for found in measuring.measure_together(plan, norm, *trees)]
+        by_leaf = look(trees[0], scopes.leaf)
+        return [
+            (norms.pool(norm, of_leaves, by_leaf.sizes), of_leaves.saturated())
+            for of_leaves in measuring.measure_together(by_leaf, norm, *trees)
+        ]
 
     def init(params: Any) -> ClipState:
-        dtype = measuring.tree_dtype(params)
+        dtype = planning.tree_dtype(params)
         memory: Memory = ()
         if rule.has_memory:
             memory = rule.init(jnp.zeros(shape_of(params, scope), dtype))
@@ -132,13 +134,13 @@ def clip_by(
         plan = look(updates)
         step = step_of(state)
         with jax.named_scope("optclip/measure"):
-            magnitude, leaf_norms = measure(plan, updates)
+            trees = (updates, params) if rule.needs_params else (updates,)
+            (magnitude, leaf_norms), *of_params = measure(plan, *trees)
             group_norms = magnitude.saturated()
             finite = jnp.all(jnp.isfinite(magnitude.value))
             reference = None
-            if rule.needs_params:
-                measured = measuring.measure(plan, norm, params).saturated()
-                reference = ParameterNorms(_as_kept(measured, state), plan.sizes)
+            for size, _ in of_params:
+                reference = ParameterNorms(_as_kept(size.saturated(), state), plan.sizes)
         with jax.named_scope("optclip/threshold"):
             shown = _as_kept(group_norms, state)
             threshold = rule.threshold(state.memory, step, shown, reference)
@@ -149,12 +151,12 @@ def clip_by(
             factor = limiters.factor_of(limiter, magnitude, bound)
             if scope.per_entry:
                 share = _share_of_entries(plan, updates, group_norms, bound)
-                updates = measuring.clamp(plan, updates, limiter, bound)
+                updates = changing.clamp(plan, updates, limiter, bound)
             else:
                 share = _share_of_groups(plan, group_norms, bound)
-                updates = measuring.rescale(plan, updates, factor)
+                updates = changing.rescale(plan, updates, factor)
             if nonfinite == "zero":
-                updates = measuring.zeroed_unless(finite, updates)
+                updates = changing.zeroed_unless(finite, updates)
                 factor = Factor(factor.coarse, jnp.where(finite, factor.fine, 0))
         clipped_norms = limiters.clipped_norm(magnitude, factor)
         if nonfinite == "zero":

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optclip import measuring
+from optclip import planning
 from optclip.clipping import NEEDS_STATE_MSG
 from optclip.state import ClipState
 
@@ -46,7 +46,7 @@ def recorded(
         if state.detail:
             by_group = jnp.zeros((*state.detail.norms.shape, BINS), jnp.int32)
         empty = NormHistogram(jnp.zeros([BINS], jnp.int32), by_group)
-        return state._replace(memory=measuring.whole_on_devices_of(params, empty))
+        return state._replace(memory=planning.whole_on_devices_of(params, empty))
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any

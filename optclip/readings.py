@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optclip.measuring import is_floating
+from optclip.planning import is_floating
 from optclip.scopes import is_variable, leaves_with_paths
 from optclip.skipping import SafeguardState, SkipState
 from optclip.state import ClipState

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import measuring, norms, scopes
+from optclip import measuring, norms, planning, scopes
 from optclip.clipping import NEEDS_STATE_MSG, NO_PARAMS_MSG, clip_by
 from optclip.methods import robust_clip
 from optclip.state import ClipState
@@ -120,7 +120,7 @@ def skip_spikes(
     check_choice(nonfinite, ("skip", "propagate"), f"{name}(nonfinite=...)")
 
     def init(params: Any) -> SkipState:
-        dtype = measuring.tree_dtype(params)
+        dtype = planning.tree_dtype(params)
 
         def empty() -> Accepted:
             return Accepted(
@@ -138,14 +138,14 @@ def skip_spikes(
             norms=empty(),
             losses=empty(),
         )
-        return measuring.whole_on_devices_of(params, state)._replace(inner_state=held.init(params))
+        return planning.whole_on_devices_of(params, state)._replace(inner_state=held.init(params))
 
     def update(
         updates: Any, state: Any, params: Any = None, *, loss: Any = None, **extra_args: Any
     ) -> tuple[Any, SkipState]:
         if state is None:
             raise ValueError(NEEDS_STATE_MSG)
-        plan = measuring.plan(scopes.tree, updates, axis_name, sharded)
+        plan = planning.plan(scopes.tree, updates, axis_name, sharded)
         with jax.named_scope("optclip/measure"):
             magnitude = measuring.measure(plan, norms.l2, updates)
         dtype = state.norm.dtype
@@ -325,19 +325,19 @@ def safeguard(
 
     def length(updates: Any, params: Any) -> jax.Array:
         """The norm of the parameters, or the floor of `clip_by_param_norm` under it."""
-        plan = measuring.plan(scopes.tree, updates, axis_name, sharded)
+        plan = planning.plan(scopes.tree, updates, axis_name, sharded)
         least = 1e-3 * jnp.sqrt(jnp.asarray(plan.sizes, plan.dtype))
         return jnp.maximum(measuring.measure(plan, norms.l2, params).saturated(), least)
 
     def init(params: Any) -> SafeguardState:
-        whole = functools.partial(measuring.whole_on_devices_of, params)
+        whole = functools.partial(planning.whole_on_devices_of, params)
         clip_state: Any = clip.init(params)
         bound_state: Any = bound(jnp.inf).init(params)
         return SafeguardState(
             clip=clip_state,
             inner_state=held.init(params),
             bound=bound_state,
-            update_ratio=whole(jnp.zeros([], measuring.tree_dtype(params))),
+            update_ratio=whole(jnp.zeros([], planning.tree_dtype(params))),
             skipping=whole(jnp.zeros([], bool)),
             skipped_steps=whole(jnp.zeros([], jnp.int32)),
         )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import measuring
+from optclip import planning
 from optclip.thresholds.rules import Memory, Step
 
 RECENT_STEPS = 128
@@ -80,7 +80,7 @@ class Outcome(NamedTuple):
 
 def fresh(params: Any, memory: Memory = (), detail: Detail | tuple[()] = ()) -> ClipState:
     """The state before the first step."""
-    dtype = measuring.tree_dtype(params)
+    dtype = planning.tree_dtype(params)
     state = ClipState(
         count=jnp.zeros([], jnp.int32),
         nonfinite_steps=jnp.zeros([], jnp.int32),
@@ -94,7 +94,7 @@ def fresh(params: Any, memory: Memory = (), detail: Detail | tuple[()] = ()) -> 
         detail=detail,
     )
     # Where the parameters lie on a mesh, so does the state: one compilation, not two.
-    return measuring.whole_on_devices_of(params, state)
+    return planning.whole_on_devices_of(params, state)
 
 
 def advanced(

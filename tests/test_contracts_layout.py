@@ -1,7 +1,8 @@
 """Contract 10: on every layout of the devices, the result of a single device.
 
-Eight devices as a mesh of 4 ("data") x 2 ("model"). What JAX is made to say and to compile there
-is in `test_contracts_collectives.py`.
+Eight devices as a mesh of 2 ("data") x 2 ("fsdp") x 2 ("tensor"), with leaves that are split over
+one axis, over two along one dimension, along two dimensions, and whole ones. What JAX is made to
+say and to compile there is in `test_contracts_collectives.py`.
 """
 
 import functools
@@ -19,9 +20,9 @@ from registry import Method
 from samples import ALL_METHODS, assert_close, detailed, quick_jit, specs_of_state
 
 SPECS = {
-    "kernel": P("data"),
-    "keys": P("model", "data"),
-    "joint": P(None, ("data", "model")),
+    "kernel": P(("data", "fsdp")),
+    "keys": P("tensor", "fsdp"),
+    "joint": P(None, ("fsdp", "tensor")),
     "bias": P(),
     "base": P(),
     "empty": P(),
@@ -100,7 +101,7 @@ def placed(tree, mesh, specs):
 
 
 def mesh_of(axis_type=AxisType.Auto):
-    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+    return jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(axis_type,) * 3)
 
 
 def under_jit(method, axis_type):
@@ -226,10 +227,11 @@ LAYOUTS = {
 }
 MANUAL = {
     "tracked, data": Manual("data", True),
-    "tracked, both": Manual(("data", "model"), True),
-    "tracked and said, both": Manual(("model", "data"), True, dict),
-    "said, model": Manual("model", False, by_path),
-    "said, both": Manual(("data", "model"), False, dict),
+    "tracked, fsdp": Manual("fsdp", True),
+    "tracked, fsdp and tensor": Manual(("fsdp", "tensor"), True),
+    "tracked and said, all": Manual(("tensor", "data", "fsdp"), True, dict),
+    "said, tensor": Manual("tensor", False, by_path),
+    "said, data and fsdp": Manual(("data", "fsdp"), False, dict),
 }
 
 

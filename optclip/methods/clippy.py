@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optclip import measuring, norms, scopes
+from optclip import changing, norms, planning, scopes
 from optclip.clipping import NO_PARAMS_MSG, Nonfinite, check_nonfinite
 from optclip.limiters import Factor
 from optclip.state import ClipState, Detail, Outcome, advanced, fresh
@@ -68,14 +68,14 @@ def clippy(
     check_number(absolute, "clippy(absolute=...)", mend="the default is 1e-7")
     check_nonfinite(nonfinite)
 
-    def look(updates: Any) -> measuring.Plan:
-        return measuring.plan(scopes.leaf, updates, axis_name, sharded)
+    def look(updates: Any) -> planning.Plan:
+        return planning.plan(scopes.leaf, updates, axis_name, sharded)
 
     def init(params: Any) -> ClipState:
         if not detail:
             return fresh(params)
-        shape = measuring.shape_of_norms(scopes.leaf, params, axis_name, sharded)
-        dtype = measuring.tree_dtype(params)
+        shape = planning.shape_of_norms(scopes.leaf, params, axis_name, sharded)
+        dtype = planning.tree_dtype(params)
         return fresh(params, (), Detail(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
 
     def update(
@@ -96,9 +96,9 @@ def clippy(
             # Where the bound is 0 nothing may move.
             closed = finite & (roots > 0) & (rho == 0) & (alpha == 0)
             factor = Factor(root, jnp.where(closed, 0, root))
-            updates = measuring.rescale(plan, updates, factor)
+            updates = changing.rescale(plan, updates, factor)
             if nonfinite == "zero":
-                updates = measuring.zeroed_unless(finite, updates)
+                updates = changing.zeroed_unless(finite, updates)
         ratios = jnp.where(finite, jnp.minimum(roots * roots, norms.largest(plan.dtype)), roots)
         product = jnp.where(finite, factor.product(), 0 if nonfinite == "zero" else 1)
         left = (roots * factor.coarse) * (roots * factor.fine)
@@ -117,7 +117,7 @@ def clippy(
 
 
 def _roots_of_ratios(
-    plan: measuring.Plan, updates: Any, params: Any, relative: jax.Array, absolute: jax.Array
+    plan: planning.Plan, updates: Any, params: Any, relative: jax.Array, absolute: jax.Array
 ) -> jax.Array:
     """Of each leaf the largest ratio of an entry to its bound, as its square root.
 
@@ -145,9 +145,7 @@ def _roots_of_ratios(
 
     roots = [
         of_leaf(x, w)
-        for x, w in zip(
-            measuring.picked(plan, updates), measuring.picked(plan, params), strict=True
-        )
+        for x, w in zip(planning.picked(plan, updates), planning.picked(plan, params), strict=True)
     ]
     vector = jnp.stack(roots) if roots else jnp.zeros(plan.shape, plan.dtype)
     return lax.pmax(vector, plan.axis_names) if plan.axis_names else vector

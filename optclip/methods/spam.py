@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optclip import limiters, measuring, norms, scopes
+from optclip import changing, limiters, measuring, norms, planning, scopes
 from optclip.clipping import NEEDS_STATE_MSG, Nonfinite, check_nonfinite
 from optclip.state import ClipState, Outcome, advanced, fresh, step_of
 from optclip.thresholds.checking import check_choice, check_decay, check_number, number_at
@@ -84,7 +84,7 @@ def spam_clip(
         del params, extra_args
         if state is None:
             raise ValueError(NEEDS_STATE_MSG)
-        plan = measuring.plan(scopes.element, updates, axis_name, sharded)
+        plan = planning.plan(scopes.element, updates, axis_name, sharded)
         like = jnp.zeros([], plan.dtype)
         theta, keep, warmup = (
             number_at(x, state.count, like) for x in (threshold, decay, warmup_steps)
@@ -97,13 +97,13 @@ def spam_clip(
         leaves, learned, least, above = {}, [], [], []
         with jax.named_scope("optclip/limit"):
             for member, x, moment in zip(
-                plan.members, measuring.picked(plan, updates), moments, strict=True
+                plan.members, planning.picked(plan, updates), moments, strict=True
             ):
                 bound = jnp.sqrt(theta.astype(moment.dtype)) * moment
                 bound = jnp.where(acting & (moment > 0), bound, jnp.inf)
                 wide = norms.widened(x)
                 size = norms.modulus(wide)
-                factor = measuring.entry_factor(limiters.rescale, wide, bound)
+                factor = changing.entry_factor(limiters.rescale, wide, bound)
                 limited = (
                     norms.scaled(norms.scaled(wide, factor.coarse), factor.fine)
                     if jnp.iscomplexobj(x)
@@ -123,7 +123,7 @@ def spam_clip(
             flat = [leaves.get(index, x) for index, x in enumerate(flat)]
             updates = jax.tree.unflatten(structure, flat)
             if nonfinite == "zero":
-                updates = measuring.zeroed_unless(finite, updates)
+                updates = changing.zeroed_unless(finite, updates)
         # The smallest bound, the smallest factor, and the largest entry left, negative.
         least.append(jnp.array([jnp.inf, 1, 0], plan.dtype))
         smallest = jnp.min(jnp.stack(least), axis=0)
@@ -147,6 +147,6 @@ def spam_clip(
 
 
 def _second_moment(x: Any) -> jax.Array | None:
-    if not measuring.is_floating(x) or not math.prod(getattr(x, "shape", ())):
+    if not planning.is_floating(x) or not math.prod(getattr(x, "shape", ())):
         return None
     return jnp.zeros_like(x, dtype=norms.accumulator(jnp.result_type(x)))

@@ -1,0 +1,66 @@
+"""What is done to the leaves of a tree: multiplied by factors, clamped, zeroed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optclip import norms, planning
+from optclip.limiters import Factor, Limiter, factor_of
+from optclip.norms import Magnitude
+from optclip.planning import Member, Plan
+
+
+def rescale(plan: Plan, updates: Any, factor: Factor) -> Any:
+    """Every leaf times the factor of its groups, in its own dtype."""
+    factor = Factor(*map(planning.gathered, factor))
+
+    def scaled(member: Member, x: jax.Array) -> jax.Array:
+        coarse, fine = (planning.own(plan, member, part) for part in factor)
+        # One barrier for leaf and factors: leaves of one shape do not share a broadcast factor.
+        x, coarse, fine = lax.optimization_barrier((x, coarse, fine))
+        return norms.scaled(norms.scaled(norms.widened(x), coarse), fine)
+
+    return _mapped(plan, updates, scaled)
+
+
+def clamp(plan: Plan, updates: Any, limiter: Limiter, threshold: jax.Array) -> Any:
+    """Every entry limited by itself; a complex one in modulus, keeping its phase."""
+
+    def clamped(member: Member, x: jax.Array) -> jax.Array:
+        x, bound = lax.optimization_barrier((x, threshold))
+        wide, bound = norms.widened(x), bound.astype(norms.accumulator(x.dtype))
+        if limiter.entry is not None and not jnp.iscomplexobj(x):
+            return limiter.entry(wide, bound)
+        factor = entry_factor(limiter, wide, bound)
+        return norms.scaled(norms.scaled(wide, factor.coarse), factor.fine)
+
+    return _mapped(plan, updates, clamped)
+
+
+def entry_factor(limiter: Limiter, wide: jax.Array, bound: jax.Array) -> Factor:
+    """The factor of every entry, as a group of its own."""
+    # At half the size: a modulus may overflow where the entry does not.
+    half = jnp.full([], 0.5, bound.dtype)
+    modulus = norms.modulus(norms.scaled(wide, half))
+    return factor_of(limiter, Magnitude(modulus, half), bound)
+
+
+def zeroed_unless(finite: jax.Array, updates: Any) -> Any:
+    """Zeros in place of all updates, unless the step is finite."""
+
+    def zeroed(x: Any) -> Any:
+        return lax.select(finite, x, jnp.zeros_like(x)) if planning.is_floating(x) else x
+
+    return jax.tree.map(zeroed, updates)
+
+
+def _mapped(plan: Plan, updates: Any, change: Callable[[Member, jax.Array], jax.Array]) -> Any:
+    """The leaves that take part, changed and back in their dtype; the others as they were."""
+    leaves, structure = jax.tree.flatten(updates)
+    for member in plan.members:
+        x = jnp.asarray(leaves[member.index])
+        leaves[member.index] = change(member, x).astype(x.dtype)
+    return jax.tree.unflatten(structure, leaves)

@@ -1,0 +1,233 @@
+"""Which entries of a tree share a norm, and where each norm has its place.
+
+`plan` looks at a tree once, while it is traced, and lays the groups of a scope out in one vector
+(one number for the whole tree). On every device layout that vector is whole and the same on all
+devices.
+"""
+
+import math
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from optclip import devices, norms
+from optclip.norms import Axes
+from optclip.scopes import Scope, answer_per_leaf, leaves_with_paths
+
+_Tree = TypeVar("_Tree")
+
+
+class Member(NamedTuple):
+    """A leaf that takes part.
+
+    Attributes:
+        index: Which of the tree's leaves it is.
+        path: Where it is, as `jax.tree_util.keystr(path, simple=True, separator="/")`.
+        axes: The axes that one group spans.
+        start: Where in the vector of groups its own begin.
+        kept: Shape of its groups in the whole leaf: its shape with `axes` of length 1.
+        split: How it lies on the devices.
+    """
+
+    index: int
+    path: str
+    axes: Axes
+    start: int
+    kept: tuple[int, ...]
+    split: devices.Split
+
+    @property
+    def groups(self) -> int:
+        """How many groups the leaf has, or takes part in."""
+        return math.prod(self.kept)
+
+
+class Plan(NamedTuple):
+    """What a scope makes of one tree; all of it static.
+
+    Attributes:
+        members: The leaves that take part.
+        shape: Shape of the array of norms: () for one group, (number of groups,) otherwise.
+        sizes: Entries per group over all devices, of that shape.
+        dtype: What the norms are measured in: float32, or float64 where a leaf is 64-bit.
+        axis_names: Mesh axes over which leaves may be split.
+    """
+
+    members: tuple[Member, ...]
+    shape: tuple[int, ...]
+    sizes: np.ndarray
+    dtype: np.dtype
+    axis_names: tuple[str, ...]
+
+
+def is_floating(x: Any) -> bool:
+    """Whether a leaf is measured and clipped: floating point or complex, float0 not."""
+    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    return dtype != jax.dtypes.float0 and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def tree_dtype(updates: Any) -> np.dtype:
+    """The dtype norms of a tree are kept in: float64 where a leaf is 64-bit, else float32."""
+    floating = [jnp.result_type(x) for x in jax.tree.leaves(updates) if is_floating(x)]
+    wide = any(norms.accumulator(dtype) == jnp.float64 for dtype in floating)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def whole_on_devices_of(tree: Any, state: _Tree) -> _Tree:
+    """Small arrays, put whole on every device of the mesh that the tree lies on.
+
+    As they are where the tree is traced, or lies on no mesh.
+    """
+    for x in jax.tree.leaves(tree):
+        sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            continue
+        mesh = sharding.mesh
+        explicit = AxisType.Explicit in mesh.axis_types
+
+        def placed(x: jax.Array, mesh: Any = mesh, explicit: bool = explicit) -> jax.Array:
+            # Written as jit writes it on such a mesh, or the second step would compile again.
+            spec = PartitionSpec(*[None] * x.ndim) if explicit else PartitionSpec()
+            return jax.device_put(x, NamedSharding(mesh, spec))
+
+        return jax.tree.map(placed, state)
+    return state
+
+
+def plan(scope: Scope, updates: Any, axis_name: Any = None, sharded: Any = None) -> Plan:
+    """Looks at a tree: which leaves take part, in which groups, split over which devices.
+
+    Leaves that are not floating point (integers, booleans, float0) take no part, nor those without
+    entries, nor those that the scope leaves alone.
+    """
+    leaves = leaves_with_paths(updates)
+    labels = scope.labels(updates) if scope.labels else [path for path, _ in leaves]
+    said = [...] * len(leaves) if sharded is None else answer_per_leaf(sharded, updates, "sharded")
+    places = {label: place for place, label in enumerate(scope.order or ())}
+    total = len(places)
+    members: list[Member] = []
+    for index, ((path, x), label) in enumerate(zip(leaves, labels, strict=True)):
+        if label is None or not is_floating(x) or not math.prod(jnp.shape(x)):
+            continue
+        split = devices.split_of(path, x, axis_name, said[index])
+        shape = _whole_shape(jnp.shape(x), split, path, needed=not scope.whole_leaves)
+        axes = scope.axes(path, shape)
+        if axes is None:
+            continue
+        axes = _checked_axes(axes, path, shape)
+        kept = tuple(1 if axis in axes else length for axis, length in enumerate(shape))
+        if scope.order is not None and label not in places:
+            raise ValueError(
+                f"{path!r} has label {label!r}, which has no max_norm; those with one are "
+                f"{list(scope.order)}; label it None to leave it alone"
+            )
+        start = places.setdefault(label, total) if scope.labels else total
+        total = max(total, start + math.prod(kept))
+        members.append(Member(index, path, axes, start, kept, split))
+    vector = () if scope.one_group else (total,)
+    sizes = np.zeros(1 if scope.one_group else total)
+    for member in members:
+        entries = math.prod(jnp.shape(leaves[member.index][1])) * member.split.parts
+        sizes[member.start : member.start + member.groups] += entries / member.groups
+    dtype = tree_dtype([leaves[member.index][1] for member in members])
+    names = devices.axis_names(axis_name) or ()
+    return Plan(tuple(members), vector, sizes.reshape(vector), dtype, names)
+
+
+def shape_of_norms(
+    scope: Scope, params: Any, axis_name: Any = None, sharded: Any = None
+) -> tuple[int, ...]:
+    """Shape of the array of norms, for a state that is made before the first update.
+
+    Mostly that is outside the `shard_map` or `pmap` that updates run in, of whole leaves.
+    """
+    if scope.one_group:
+        return ()
+    if devices.are_bound(axis_name):
+        return plan(scope, params, axis_name, sharded).shape
+    return plan(scope, params).shape
+
+
+def picked(plan: Plan, tree: Any) -> list[jax.Array]:
+    """The leaves that take part, also of parameters that hold leaves which the updates lack."""
+    leaves = leaves_with_paths(tree)
+    by_path = dict(leaves)
+    found = []
+    for member in plan.members:
+        if member.index < len(leaves) and leaves[member.index][0] == member.path:
+            found.append(jnp.asarray(leaves[member.index][1]))
+        elif member.path in by_path:
+            found.append(jnp.asarray(by_path[member.path]))
+        else:
+            raise ValueError(f"params has no leaf {member.path!r}, which the updates have")
+    return found
+
+
+def own(plan: Plan, member: Member, vector: jax.Array) -> jax.Array:
+    """A leaf's own entries of the vector, in a shape that broadcasts against the leaf's part."""
+    if plan.shape == ():
+        return vector
+    own = gathered(vector[member.start : member.start + member.groups])
+    if member.groups == 1:
+        return jnp.reshape(own, ())
+    own = jnp.reshape(own, member.kept)
+    part = tuple(
+        length // devices.axis_size((member.split.dims or {}).get(axis, ()))
+        if axis not in member.axes
+        else length
+        for axis, length in enumerate(member.kept)
+    )
+    return own if part == member.kept else lax.dynamic_slice(own, corner(member, part), part)
+
+
+def corner(member: Member, part: tuple[int, ...]) -> list[Any]:
+    """Where this device's part of the groups begins."""
+    dims = member.split.dims or {}
+    return [
+        lax.axis_index(tuple(dims[axis])) * length
+        if dims.get(axis) and axis not in member.axes
+        else 0
+        for axis, length in enumerate(part)
+    ]
+
+
+def gathered(x: jax.Array) -> jax.Array:
+    """Under jit on a mesh: the same array on every device, so that it can be joined with others."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    if sharding is None or x.size == 1 or sharding.mesh.empty:
+        return x
+    whole = NamedSharding(sharding.mesh, PartitionSpec())
+    if any(entry is not None for entry in sharding.spec):
+        return jax.sharding.reshard(x, whole)
+    if AxisType.Auto in sharding.mesh.axis_types:
+        # Left to itself the partitioner joins parts by exchanges between neighbours, a dozen each.
+        return lax.with_sharding_constraint(x, whole)
+    return x
+
+
+def _checked_axes(axes: Any, path: str, shape: tuple[int, ...]) -> Axes:
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    if any(not -len(shape) <= axis < len(shape) for axis in axes):
+        raise ValueError(f"axis {axes} of {path!r} does not exist: its shape is {shape}")
+    return tuple(sorted({axis % len(shape) for axis in axes}))
+
+
+def _whole_shape(
+    part: tuple[int, ...], split: devices.Split, path: str, *, needed: bool
+) -> tuple[int, ...]:
+    """Shape of the whole leaf of which `part` may be one device's part."""
+    if split.dims is None:
+        if needed:
+            raise ValueError(
+                f"{path!r} is split over {list(split.names)}, but along which of its dimensions? "
+                "Norms of units need to know: pass sharded= with a PartitionSpec for it"
+            )
+        return part
+    return tuple(
+        length * devices.axis_size(split.dims.get(axis, ())) for axis, length in enumerate(part)
+    )
