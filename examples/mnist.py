@@ -28,23 +28,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import run_report
+from clip_options import UsageError, explained, with_clip
 from flax import linen, nnx
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from mnist_options import (
-    Options,
-    UsageError,
-    clip_methods,
-    data_mesh,
-    parse_options,
-    wraps_optimizer,
-)
+from mnist_options import Options, data_mesh, parse_options
 from run_folder import Interruption, Row, RunFolder, json_ready
 from tqdm import tqdm
 
 import optclip
 
-AFTER_OPTIMIZER = ("clip_by_param_norm", "clippy")  # they bound the step, not the gradient
 FETCH_EVERY = 20  # steps
 TEST_BATCH = 1000
 BAR = "{desc} {percentage:3.0f}%|{bar}| {remaining}{postfix}"
@@ -63,18 +56,7 @@ def build_optimizer(options: Options) -> optax.GradientTransformation:
         "momentum": functools.partial(optax.sgd, momentum=0.9),
         "adam": optax.adam,
     }[options.optimizer](options.lr)
-    if options.clip == "none":
-        return optimizer
-
-    clip, args = clip_methods()[options.clip], dict(options.clip_args)
-    if isinstance(args.get("labels"), dict):  # from layer to label; other layers are left alone
-        layers = args["labels"]
-        args["labels"] = lambda path: layers.get(path.split("/")[0])
-    if wraps_optimizer(clip):
-        return clip(optimizer, **args)
-    if options.clip in AFTER_OPTIMIZER:
-        return optax.chain(optimizer, clip(**args))
-    return optax.chain(clip(**args), optimizer)
+    return with_clip(optimizer, options.clip, options.clip_args)
 
 
 # What both APIs share: the loss and the readings -------------------------------------------------
@@ -236,7 +218,7 @@ def train(options: Options, data: digits_data.Dataset, mesh: Mesh, folder: RunFo
                     state, readings = take_steps(
                         train_step, state, data.train, some, share, interruption
                     )
-                    new = folder.append(epoch, readings)
+                    new = folder.append(readings, epoch=epoch)
                     rows += new
                     bar.update(len(new))
                     bar.set_postfix_str(run_report.progress(run_report.summary(new)))
@@ -295,13 +277,11 @@ def checked_optimizer(
     Raises:
         UsageError: With what the library says is wrong with the clip's arguments.
     """
-    try:
+    with explained(options.clip):
         tx = build_optimizer(options)
         image = jnp.zeros((1, *image_shape))
         params = jax.eval_shape(LinenNetwork().init, jax.random.key(0), image)["params"]
         jax.eval_shape(lambda params: tx.update(params, tx.init(params), params), params)
-    except (NameError, TypeError, ValueError) as error:
-        raise UsageError(f"--clip {options.clip}: {' '.join(str(error).split())}") from None
     return tx
 
 
@@ -346,7 +326,7 @@ def run(options: Options) -> int:
     try:
         epochs = train(options, data, mesh, folder)
     except KeyboardInterrupt:
-        done = folder.last_epoch()
+        done = folder.last()
         hint = f"no epoch was finished, so start again without --resume; the log is in {out}"
         if done:
             command = shlex.join(["python", *sys.argv]) + " --resume" * (not options.resume)

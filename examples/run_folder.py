@@ -1,11 +1,13 @@
-"""The folder of one run: the log of its steps and a checkpoint per epoch, and how to go on from it.
+"""The folder of one run: the log of its steps and its checkpoints, and how to go on from it.
 
 ::
 
     steps.jsonl     one line of JSON per step; null where a number is not finite
-    checkpoints/    one per epoch, by orbax; the last two are kept
+    checkpoints/    by orbax, named after an epoch or a step; the last two are kept
     run.png         the picture, when the run is done
     tensorboard/    event files, where asked for
+
+Several processes share one folder: the first one writes the log, and all of them the checkpoints.
 """
 
 import json
@@ -20,7 +22,8 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from mnist_options import UsageError
+from clip_options import UsageError
+from jax.experimental import multihost_utils
 
 Row = dict[str, Any]
 
@@ -32,7 +35,7 @@ def json_ready(value: Any) -> Any:
 
 
 class RunFolder:
-    """Where one run keeps what it did: `begin` it, then `append` steps and `save` epochs.
+    """Where one run keeps what it did: `begin` it, then `append` steps and `save` checkpoints.
 
     Attributes:
         path: The folder.
@@ -41,16 +44,23 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: Path, settings: Row, epochs: int, resume: bool, tensorboard: bool = False
+        self,
+        path: Path,
+        settings: Row,
+        goal: int,
+        resume: bool,
+        tensorboard: bool = False,
+        unit: str = "epoch",
     ):
         """Looks whether the run can be kept here; takes nothing away yet.
 
         Args:
             path: The folder; made if need be.
             settings: What a checkpoint must agree with to be resumed.
-            epochs: How many the run is to have in the end.
+            goal: How many epochs (or steps) the run is to have in the end.
             resume: Whether to go on from the last checkpoint, or to start anew.
             tensorboard: Whether to write event files too.
+            unit: What checkpoints are numbered by: "epoch" or "step".
 
         Raises:
             UsageError: If the folder cannot be written, is somebody else's, or has nothing to
@@ -65,10 +75,12 @@ class RunFolder:
         self._board: Any = None
         self._with_board = tensorboard
         self._settings = settings
+        self._unit = unit
+        self._writes = jax.process_index() == 0
         self._steps = 0
-        self._epochs: list[Row] = []  # of the run to be resumed
+        self._history: list[Row] = []  # of the run to be resumed
         if resume:
-            self._epochs = self._look_at_checkpoint(epochs)
+            self._history = self._look_at_checkpoint(goal)
         else:
             self._look_at_folder()
 
@@ -79,62 +91,66 @@ class RunFolder:
             state: A fresh state.
 
         Returns:
-            The state to go on from, and a row for each epoch behind it.
+            The state to go on from, and the row of each checkpoint behind it.
 
         Raises:
             UsageError: If the checkpoint or the log does not fit.
         """
-        if self._epochs:
+        if self._history:
             state = self._restore(state)
-            self._steps = self._epochs[-1]["steps"]
+            self._steps = self._history[-1]["steps"]
             self._truncate_log(self._steps)
-        else:
+        elif self._writes:
             self._log.write_bytes(b"")
             self.picture.unlink(missing_ok=True)
             for old in (self._checkpoints, self._board_path):
                 shutil.rmtree(old, ignore_errors=True)
+        if jax.process_count() > 1:  # nobody saves what the first process is about to clear away
+            multihost_utils.sync_global_devices("run folder")
         if self._with_board:
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(self._board_path), purge_step=self._steps + 1)
-        return state, list(self._epochs)
+        return state, list(self._history)
 
-    def last_epoch(self) -> int:
-        """The epoch of the last checkpoint; 0 if there is none."""
+    def last(self) -> int:
+        """The epoch (or step) of the last checkpoint; 0 if there is none."""
         if not self._checkpoints.is_dir():
             return 0
         with self._manager() as manager:
             return manager.latest_step() or 0
 
-    def append(self, epoch: int, readings: list[Row]) -> list[Row]:
-        """Adds steps to the log, and hands back their rows."""
+    def append(self, readings: list[Row], **about: Any) -> list[Row]:
+        """Adds steps to the log, with what is known of all of them; hands back their rows."""
         rows = []
         for reading in readings:
             self._steps += 1
             values = {name: json_ready(value) for name, value in reading.items()}
-            first = {"step": self._steps, "epoch": epoch, "loss": values["loss"]}
+            first = {"step": self._steps, **about, "loss": values["loss"]}
             rows.append(first | values)
-        with self._log.open("a") as log:
-            log.writelines(json.dumps(row) + "\n" for row in rows)
+        if self._writes:
+            with self._log.open("a") as log:
+                log.writelines(json.dumps(row) + "\n" for row in rows)
         for row in rows:
             scalars = {name: row[name] for name in row if name not in ("step", "epoch")}
             self._show_on_board(scalars, row["step"])
         return rows
 
-    def save(self, state: Any, epochs: list[Row]) -> None:
-        """Makes the checkpoint of the epoch that just ended."""
-        with self._log.open("rb") as log:
-            os.fsync(log.fileno())  # a checkpoint never knows of steps that the log does not
-        about = {"settings": self._settings, "epochs": epochs}
+    def save(self, state: Any, history: list[Row]) -> None:
+        """Makes a checkpoint, numbered as the last row of the history says."""
+        if self._writes:
+            with self._log.open("rb") as log:
+                os.fsync(log.fileno())  # a checkpoint never knows of steps that the log does not
+        about = {"settings": self._settings, "history": history}
         with self._manager() as manager:
             manager.save(
-                epochs[-1]["epoch"],
+                history[-1][self._unit],
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
                 ),
             )
-        tests = {name: epochs[-1][name] for name in ("test_loss", "test_accuracy")}
-        self._show_on_board(tests, epochs[-1]["steps"])
+        tests = {name: value for name, value in history[-1].items() if name.startswith("test_")}
+        self._show_on_board(tests, history[-1]["steps"])
 
     def rows(self) -> list[Row]:
         """Every step in the log."""
@@ -162,8 +178,8 @@ class RunFolder:
                 "choose another folder"
             )
 
-    def _look_at_checkpoint(self, epochs: int) -> list[Row]:
-        last = self.last_epoch()
+    def _look_at_checkpoint(self, goal: int) -> list[Row]:
+        last = self.last()
         if not last:
             raise UsageError(
                 f"--resume: there is no checkpoint in {self.path}; leave --resume out to start"
@@ -179,20 +195,20 @@ class RunFolder:
                 f"--resume: the run in {self.path} has {was}; "
                 "repeat the options of that run, or choose another --out"
             )
-        if last > epochs:
+        if last > goal:
             raise UsageError(
-                f"--resume: the run in {self.path} has {last} epochs already; "
-                f"give --epochs {last} or more"
+                f"--resume: the run in {self.path} has {last} {self._unit}s already; "
+                f"give --{self._unit}s {last} or more"
             )
-        self.note = f"Going on after epoch {last} of {self.path}."
-        return about["epochs"]
+        self.note = f"Going on after {self._unit} {last} of {self.path}."
+        return about["history"]
 
     def _restore(self, state: Any) -> Any:
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
         with self._manager() as manager:
             try:
-                return manager.restore(self._epochs[-1]["epoch"], args=args)["state"]
+                return manager.restore(self._history[-1][self._unit], args=args)["state"]
             except (KeyError, TypeError, ValueError) as error:
                 raise UsageError(
                     f"--resume: the checkpoint in {self.path} does not fit this network and "
@@ -201,15 +217,16 @@ class RunFolder:
 
     def _truncate_log(self, steps: int) -> None:
         self._log.touch()
-        with self._log.open("rb+") as log:
+        with self._log.open("rb+" if self._writes else "rb") as log:
             lines = [line for _, line in zip(range(steps), log, strict=False)]
             if len(lines) < steps or json.loads(lines[-1])["step"] != steps:
                 raise UsageError(
                     f"--resume: {self._log} does not hold the {steps} steps of the checkpoint; "
                     "leave --resume out to start again"
                 )
-            log.seek(sum(map(len, lines)))
-            log.truncate()
+            if self._writes:
+                log.seek(sum(map(len, lines)))
+                log.truncate()
 
     def _manager(self) -> ocp.CheckpointManager:
         # Not asynchronous: a checkpoint of this size takes milliseconds, and is then surely there.

@@ -14,7 +14,8 @@ PACKAGE = pathlib.Path(optclip.__file__).parent
 LAYERS = (
     {"norms", "devices"},
     {"scopes", "limiters", "thresholds"},
-    {"measuring"},
+    {"planning"},
+    {"changing", "measuring"},
     {"state"},
     {"clipping"},
     {"histograms"},
@@ -22,15 +23,18 @@ LAYERS = (
     {"skipping"},
     {"readings"},
     {"optclip"},
-    {"tuning"},
+    {"tuning", "catalogue"},
+    {"commands"},
+    {"cli"},
+    {"__main__"},
 )
 """A module may import from its own layer and from those before it, but not in a circle."""
 
-WITH_OPTAX = {"state", "clipping", "histograms", "methods", "skipping"}
+WITH_OPTAX = {"state", "clipping", "histograms", "methods", "skipping", "catalogue"}
 OUTSIDE = {name: {"jax", "numpy", "optax"} for name in WITH_OPTAX}
 """What else a module may import; jax and numpy, which comes with jax, where nothing is said."""
 
-ANYTHING = {"tuning"}
+ANYTHING = {"tuning", "commands", "cli", "__main__"}
 """On top, with extras of its own."""
 
 
@@ -42,10 +46,14 @@ def modules():
 
 
 def imports(name, source):
-    """(modules of the package, other packages) that a module imports, anywhere in its source."""
+    """(modules of the package, other packages) that a module imports, anywhere in its source.
+
+    But for types: what stands under `if TYPE_CHECKING` is never run.
+    """
     inside, outside = set(), set()
-    known = dict(modules())
-    for node in ast.walk(ast.parse(source)):
+    known, tree = dict(modules()), ast.parse(source)
+    tree.body = [node for node in tree.body if not is_for_types(node)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -62,6 +70,10 @@ def imports(name, source):
                 rest = rest[:-1]
             inside.add(".".join(rest) or "optclip")
     return inside, outside
+
+
+def is_for_types(node):
+    return isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING"
 
 
 def layer_of(name):

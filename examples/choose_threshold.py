@@ -1,0 +1,205 @@
+"""Choose a clipping threshold for the digits network: measure, suggest, replay, sweep.
+
+::
+
+    pip install -e ".[examples]"
+    python examples/choose_threshold.py
+
+One run measures the norms of the gradient without clipping. From its log comes a suggestion with a
+reason (`suggest_threshold`), and what every rule that learns its threshold would have done
+(`replay`). Then the network is trained with thresholds over four decades (`sweep`), the suggested
+one among them, to see what the suggestion was worth.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import digits_data
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from clip_options import Parser, UsageError, at_least_one, positive_number
+from mnist import LinenNetwork, cross_entropy
+from rich.console import Console
+
+import optclip
+from optclip import tuning
+
+EXAMPLES = """\
+examples:
+  python examples/choose_threshold.py                   about a minute on two CPU cores
+  python examples/choose_threshold.py --lr 0.5          at a learning rate that is too large
+  python examples/choose_threshold.py --quick           fewer steps, seeds and thresholds
+"""
+LEARNING_RATES = {"momentum": 0.05, "sgd": 0.1, "adam": 0.001}
+BATCH_SIZE = 32
+
+
+def build_optimizer(options: argparse.Namespace, clip: Any) -> optax.GradientTransformation:
+    """The clip, or what only measures, in front of the optimizer."""
+    optimizers = {"momentum": functools.partial(optax.sgd, momentum=0.9), "sgd": optax.sgd}
+    optimizer = (optimizers | {"adam": optax.adam})[options.optimizer]
+    return optax.chain(clip, optimizer(options.lr))
+
+
+def start(seed: Any, optimizer: optax.GradientTransformation) -> Any:
+    """Fresh parameters and a fresh optimizer state."""
+    params = LinenNetwork().init(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))["params"]
+    return params, optimizer.init(params)
+
+
+def take_step(state: Any, batch: Any, optimizer: optax.GradientTransformation) -> tuple[Any, Any]:
+    """One step; the state, and loss and readings."""
+    params, opt_state = state
+    images, labels = batch
+
+    def loss_fn(params):
+        return cross_entropy(LinenNetwork().apply({"params": params}, images), labels)
+
+    loss, grads = jax.value_and_grad(loss_fn)(params)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    readings = {"loss": loss, **optclip.metrics(opt_state, params)}
+    return (optax.apply_updates(params, updates), opt_state), readings
+
+
+class Batches:
+    """The training images in an order of their own for each seed."""
+
+    def __init__(self, split: digits_data.Split):
+        self.split = split
+
+    def __call__(self, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The batch of a step."""
+        per_epoch = len(self.split.labels) // BATCH_SIZE
+        epoch, place = divmod(step, per_epoch)
+        order = np.random.default_rng([seed, epoch]).permutation(len(self.split.labels))
+        chosen = order[place * BATCH_SIZE : (place + 1) * BATCH_SIZE]
+        return self.split.images[chosen], self.split.labels[chosen]
+
+
+def measure(options: argparse.Namespace, batches: Batches, log: Path) -> Any:
+    """Trains without clipping, with a line in the log for every step; the optimizer's state."""
+    optimizer = build_optimizer(options, optclip.measure_norms(histogram=True, detail=True))
+    step = jax.jit(functools.partial(take_step, optimizer=optimizer))
+    state, waiting = start(0, optimizer), []
+    for number in range(options.steps):
+        state, readings = step(state, batches(0, number))
+        waiting.append(readings)
+    with log.open("w") as file:
+        for number, readings in enumerate(jax.device_get(waiting), 1):
+            row = {name: value.item() for name, value in readings.items()}
+            print(json.dumps({"step": number, **row}), file=file)
+    return state[1]
+
+
+def sweep(
+    options: argparse.Namespace, data: digits_data.Dataset, suggested: float | None
+) -> tuning.Sweep:
+    """Trains with thresholds over four decades, without one, and with the suggested one."""
+    optimizer = functools.partial(build_optimizer, options)
+
+    def train_step(state, threshold, batch):
+        return take_step(state, batch, optimizer(optclip.clip_by_global_norm(threshold)))
+
+    def test_loss(state):
+        logits = LinenNetwork().apply({"params": state[0]}, data.test.images)
+        return cross_entropy(logits, data.test.labels)
+
+    thresholds = [*np.geomspace(0.01, 100, options.thresholds), np.inf]
+    return tuning.sweep(
+        train_step,
+        thresholds + ([suggested] if suggested else []),
+        options.seeds,
+        init=lambda seed: start(seed, optimizer(optclip.clip_by_global_norm(1.0))),
+        batches=Batches(data.train),
+        steps=options.steps,
+        evaluate=test_loss,
+        vectorize=False,  # On a CPU sixteen convolutions in a `vmap` are slower than one by one.
+    )
+
+
+def worth(found: tuning.Sweep, suggested: float | None) -> float | None:
+    """By how much the suggested threshold's loss is above the best one's, as a share of it."""
+    if suggested is None:
+        return None
+    best, here = found.medians.min(), found.medians[found.thresholds == suggested][0]
+    return float(here / best - 1)
+
+
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = Parser("choose_threshold.py", "Chooses a threshold for the digits network.", EXAMPLES)
+    add = parser.add_argument
+    add("--optimizer", choices=list(LEARNING_RATES), default="momentum", help="(default: momentum)")
+    rates = ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
+    add("--lr", type=positive_number, help=f"learning rate (default: {rates})")
+    add("--steps", type=at_least_one, default=188, help="of each run (default: 188, four epochs)")
+    add("--thresholds", type=at_least_one, default=9, help="over four decades (default: 9)")
+    add("--seeds", type=at_least_one, default=3, help="runs of each threshold (default: 3)")
+    add("--quick", action="store_true", help="40 steps, 5 thresholds, 1 seed")
+    add("--out", type=Path, default=Path("runs/threshold"), help="folder of log and pictures")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.steps, options.thresholds, options.seeds = 40, 5, 1
+    options.lr = options.lr or LEARNING_RATES[options.optimizer]
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """The whole path, with a table or a sentence for each step, and JSON at the end."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    console, log = Console(), options.out / "measured.jsonl"
+    data = digits_data.load("digits")
+    setup = f"digits, {options.optimizer}, learning rate {options.lr:g}, {options.steps} steps"
+
+    console.rule("1. Measure: one run without clipping")
+    opt_state = measure(options, Batches(data.train), log)
+    figure = tuning.plot_run(log, options.out / "measured.png", subtitle=setup)
+    console.print(figure.get_suptitle(), highlight=False)
+
+    console.rule("2. Suggest: from the log, and from the histogram in the optimizer's state")
+    suggestion = tuning.suggest_threshold(log)
+    console.print(str(suggestion), highlight=False)
+    console.print("\nFrom the histogram alone:", str(tuning.suggest_threshold(opt_state)))
+
+    console.rule("3. Replay: what every rule would have done")
+    replayed = tuning.replay(log)
+    console.print(replayed.table())
+    replayed.draw(options.out / "replay.png")
+
+    console.rule("4. Sweep: train with every threshold")
+    found = sweep(options, data, suggestion.threshold)
+    console.print(found.table())
+    found.draw(options.out / "sweep.png", subtitle=setup)
+    gap = worth(found, suggestion.threshold)
+    if gap is not None and np.isfinite(gap):
+        console.print(
+            f"Trained with the suggested {suggestion.threshold:.3g}, the test loss is {gap:.1%} above "
+            "the lowest.",
+            highlight=False,
+        )
+    print(f"log and pictures: {options.out}")
+    result = {"suggested": suggestion.threshold, "gap": gap, "sweep": found.to_dict()}
+    print(json.dumps(result))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; bad input is one line on stderr and exit code 2."""
+    try:
+        run(parse_options(arguments))
+    except (UsageError, OSError) as error:
+        print(f"choose_threshold.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""What there is to see in a recorded run: spikes, clipped and skipped steps, and a sentence."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from optclip.tuning.records import Record, read
+from optclip.tuning.wording import number, percent
+
+LOSS_KEYS = ("loss", "train_loss", "train/loss", "training_loss")
+"""Under which names a loss is looked for, in this order."""
+
+SPIKE_TIMES = 5.0
+"""A spike's norm is at least so many times the usual one,"""
+
+SPIKE_DEVIATIONS = 4.0
+"""and so many of the usual deviations above it, on a log scale."""
+
+NEIGHBOURS = 50
+"""What is usual is said by so many steps before, and as many after."""
+
+_FEWEST = 5  # of them that say anything
+_AT_ONCE = 50_000  # steps; keeps the memory that long runs take within bounds
+
+
+class Findings(NamedTuple):
+    """What was made out of a `Record`; arrays with one value for each logged step.
+
+    Attributes:
+        steps: Where each step is drawn: its number, or its place where the numbers do not rise.
+        loss: The loss, or None.
+        height: The norm, in multiples of what is usual around it; NaN where that is not known.
+        clipped: Whether the step was clipped.
+        skipped: Whether it was skipped.
+        nonfinite: Whether its gradient was not finite.
+        spikes: Whether it is a spike: by the column "spike" where there is one, else by height.
+        sentence: The finding, in a sentence without a full stop.
+    """
+
+    steps: np.ndarray
+    loss: np.ndarray | None
+    height: np.ndarray
+    clipped: np.ndarray
+    skipped: np.ndarray
+    nonfinite: np.ndarray
+    spikes: np.ndarray
+    sentence: str
+
+
+def finding(source: Any, *, norm_key: str | None = None) -> str:
+    """What there is to see in a run, in one sentence; the title of its picture.
+
+    Args:
+        source: What `optclip.tuning.plot_run` takes.
+        norm_key: The name of the norm, where it is none of the usual ones.
+
+    Example:
+        >>> finding({"clip/norm": [0.5, 2.0], "clip/threshold": [1.0, 1.0], "loss": [0.8, 0.25]})
+        '50% of 2 steps clipped; loss 0.25 at the end'
+    """
+    return look_at(read(source, norm_key)).sentence
+
+
+def look_at(record: Record) -> Findings:
+    """Makes out what there is to see in a run."""
+    usual = usual_norm(record.norms)
+    with np.errstate(all="ignore"):
+        height = record.norms / usual
+    findings = Findings(
+        steps=_places(record.steps),
+        loss=next((record.columns[key] for key in LOSS_KEYS if key in record.columns), None),
+        height=height,
+        clipped=_clipped(record),
+        skipped=_is_true(record.columns.get("skip/skipping"), len(height)),
+        nonfinite=_nonfinite(record),
+        spikes=_spikes(record, height),
+        sentence="",
+    )
+    clauses = [
+        _about_broken_loss(findings),
+        _about_spikes(record, findings, usual),
+        _about_nonfinite(record, findings),
+        _about_clips(record, findings),
+        _about_skips(record, findings),
+        _about_last_loss(findings),
+    ]
+    text = "; ".join(clause for clause in clauses if clause)
+    return findings._replace(sentence=text[:1].upper() + text[1:])
+
+
+# Looking -----------------------------------------------------------------------------------------
+
+
+def usual_norm(norms: np.ndarray) -> np.ndarray:
+    """What the norm usually is around each step: the median before it or after it.
+
+    The larger of the two: so neither the steep start of a run nor a lasting rise is out of the
+    ordinary. NaN where too few finite norms are near.
+    """
+    usual = np.full(len(norms), np.nan)
+    known = np.isfinite(norms)
+    usual[known] = _level(norms[known])
+    return usual
+
+
+def _level(values: np.ndarray) -> np.ndarray:
+    """The larger of the medians of the neighbours before and after each value."""
+    count = len(values)
+    before = np.full(count, np.nan)
+    for at in range(_FEWEST, min(NEIGHBOURS, count)):
+        before[at] = np.median(values[:at])
+    after = np.full(count, np.nan)
+    for at in range(max(0, count - NEIGHBOURS), count - _FEWEST):
+        after[at] = np.median(values[at + 1 :])
+    if count > NEIGHBOURS:
+        medians = _running_median(values)
+        before[NEIGHBOURS:] = medians[:-1]
+        after[: count - NEIGHBOURS] = medians[1:]
+    # A run's first steps have nothing before them that could say what is usual.
+    return np.where(np.isnan(before), np.nan, np.fmax(before, after))
+
+
+def _running_median(values: np.ndarray) -> np.ndarray:
+    windows = np.lib.stride_tricks.sliding_window_view(values, NEIGHBOURS)
+    parts = range(0, len(windows), _AT_ONCE)
+    return np.concatenate([np.median(windows[at : at + _AT_ONCE], axis=1) for at in parts])
+
+
+def _spikes(record: Record, height: np.ndarray) -> np.ndarray:
+    if "spike" in record.columns:
+        return _is_true(record.columns["spike"], len(height))
+    with np.errstate(all="ignore"):
+        excess = np.log(height)
+    known = np.isfinite(excess)
+    spikes = np.zeros(len(height), bool)
+    deviations = np.abs(excess[known])
+    deviation = 1.4826 * _level(deviations)
+    if known.any():  # the first few cannot tell by themselves
+        of_all = 1.4826 * np.median(deviations)
+        deviation[:NEIGHBOURS] = np.fmax(deviation[:NEIGHBOURS], of_all)
+    spikes[known] = excess[known] > np.fmax(np.log(SPIKE_TIMES), SPIKE_DEVIATIONS * deviation)
+    return spikes
+
+
+def _clipped(record: Record) -> np.ndarray:
+    nothing = np.zeros(len(record.norms), bool)
+    factor, threshold = record.reading("factor"), record.reading("threshold")
+    if record.prefix.startswith("skip"):  # its threshold is for leaving out
+        return nothing
+    if factor is not None:
+        return (factor < 1) & np.isfinite(record.norms)
+    if threshold is not None:
+        return (record.norms > threshold) & np.isfinite(record.norms)
+    return nothing
+
+
+def _nonfinite(record: Record) -> np.ndarray:
+    counted = record.reading("nonfinite_steps")
+    if counted is not None and np.isfinite(counted).any():
+        known = np.isfinite(counted)
+        nonfinite = np.zeros(len(record.norms), bool)
+        # A first row that counts several is of a log that begins late: one of them at the most.
+        nonfinite[known] = np.diff(counted[known], prepend=0.0) > 0
+        if counted[known][0] > 1:
+            nonfinite[np.argmax(known)] = not np.isfinite(record.norms[np.argmax(known)])
+        return nonfinite
+    if not np.isfinite(record.norms).any():  # a log of other things
+        return np.zeros(len(record.norms), bool)
+    return _gaps(record.norms)
+
+
+def _gaps(values: np.ndarray) -> np.ndarray:
+    """Where a value is missing or not finite, in a column that has one nearly everywhere.
+
+    In others it is missing because it is logged now and then; only an infinity is no gap there.
+    """
+    finite = np.isfinite(values)
+    return ~finite if _is_dense(values) else np.isinf(values)
+
+
+def _is_dense(values: np.ndarray) -> bool:
+    """Whether a column has a value in most places, up to where it has its last one."""
+    finite = np.isfinite(values)[: _end_of_finite(values)]
+    return not finite.size or bool(finite.mean() >= 0.5)
+
+
+def _end_of_finite(values: np.ndarray) -> int:
+    """One more than the index of the last finite value; 0 where there is none."""
+    return int(np.flatnonzero(np.isfinite(values)).max(initial=-1)) + 1
+
+
+def _is_true(column: np.ndarray | None, count: int) -> np.ndarray:
+    return np.zeros(count, bool) if column is None else np.nan_to_num(column) != 0
+
+
+def _places(steps: np.ndarray) -> np.ndarray:
+    return steps if (np.diff(steps) > 0).all() else np.arange(1.0, len(steps) + 1)
+
+
+# Saying ------------------------------------------------------------------------------------------
+
+
+def _about_broken_loss(findings: Findings) -> str:
+    if findings.loss is None:
+        return ""
+    end, count = _end_of_finite(findings.loss), len(findings.loss)
+    at = np.flatnonzero(np.isfinite(findings.loss))
+    if count - end < np.diff(at, prepend=-1).max(initial=1):  # as often left out before
+        return ""
+    return f"no finite loss from step {findings.steps[end]:,.0f} of {findings.steps[-1]:,.0f}"
+
+
+def _about_spikes(record: Record, findings: Findings, usual: np.ndarray) -> str:
+    count = int(findings.spikes.sum())
+    if not count:
+        return ""
+    said = _counted(count, "spike")
+    heights = np.where(findings.spikes & np.isfinite(findings.height), findings.height, -1.0)
+    at = int(np.argmax(heights))
+    if heights[at] <= 0:
+        return said
+    said += f", {'the largest ' if count > 1 else ''}{_times(heights[at])} the usual norm"
+    let_through = record.reading("clipped_norm")
+    if findings.skipped[at]:
+        said += ", skipped"
+    elif findings.clipped[at] and let_through is not None:
+        said += f", clipped to {_times(let_through[at] / usual[at])}"
+    return said
+
+
+def _about_nonfinite(record: Record, findings: Findings) -> str:
+    count = int(findings.nonfinite.sum())
+    if not count:
+        return ""
+    if record.reading("nonfinite_steps") is None:
+        return f"no finite norm at {_counted(count, 'step')}"
+    return _counted(count, "gradient") + " not finite"
+
+
+def _about_clips(record: Record, findings: Findings) -> str:
+    rate = _last_finite(record.reading("clip_rate"))
+    finite = np.isfinite(record.norms)
+    count = int(finite.sum())
+    if not count:
+        return f"no norms in the log of {_counted(len(finite), 'step')}"
+    steps = _counted(count, "step" if finite.all() else "finite step")
+    share = findings.clipped.sum() / count
+    thresholds = record.reading("threshold")
+    has_threshold = thresholds is not None and np.isfinite(thresholds).any()
+    if not has_threshold and not share and not rate:
+        return _about_norms(record.norms[finite])
+    if record.prefix.startswith("skip"):
+        return ""
+    if rate is not None and abs(share - rate) >= 0.005:
+        return f"clip rate {percent(rate)} since the start"
+    if not share:
+        return f"none of {steps} clipped"
+    if share < 0.01:
+        return f"{int(findings.clipped.sum())} of {steps} clipped"
+    return f"{percent(share)} of {steps} clipped"
+
+
+def _about_norms(norms: np.ndarray) -> str:
+    if len(norms) == 1:
+        return f"norm {norms[0]:.3g} at the one step"
+    if not norms.any():
+        return "norm 0 at every step"
+    low, high = np.percentile(norms, [5, 95])
+    return f"norm from {low:.2g} to {high:.2g} in nine of ten steps"
+
+
+def _about_skips(record: Record, findings: Findings) -> str:
+    counted = record.columns.get("skip/skipped_steps")
+    count = findings.skipped.sum() if counted is None else (_last_finite(counted) or 0)
+    if count:
+        return _counted(int(count), "step") + " skipped"
+    steps = _counted(len(findings.steps), "step")
+    return f"none of {steps} skipped" if record.prefix.startswith("skip") else ""
+
+
+def _about_last_loss(findings: Findings) -> str:
+    if findings.loss is None:
+        return ""
+    last = findings.loss[-max(1, len(findings.loss) // 20) :]
+    last = last[np.isfinite(last)]
+    if not last.size:
+        return ""
+    mean = float(last.mean())
+    return f"loss {number(mean) if abs(mean) >= 1 else f'{mean:.2g}'} at the end"
+
+
+def _last_finite(column: np.ndarray | None) -> float | None:
+    finite = np.array([]) if column is None else column[np.isfinite(column)]
+    return float(finite[-1]) if finite.size else None
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.{1 if ratio < 10 else 0}f} times"

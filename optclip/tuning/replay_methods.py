@@ -1,0 +1,251 @@
+"""Which methods can be replayed on recorded norms, which cannot and why, and how one is driven."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optclip
+from optclip.clipping import NO_PARAMS_MSG
+from optclip.tuning.records import Record
+
+LEARNED = (
+    "robust_clip",
+    "zclip",
+    "autoclip",
+    "clip_by_quantile",
+    "clip_by_window",
+    "clip_by_moving_average",
+    "adagc",
+    "skip_spikes",
+)
+"""What is replayed where nothing else is asked for: all that learn a threshold from norms."""
+
+BY_LEAF = ("adagc",)
+"""Those of them that take the norm of each leaf."""
+
+NO_LEAVES = (
+    "takes the norm of each leaf, and none were recorded; record a run with "
+    "optclip.measure_norms(detail=True) and log optclip.metrics(opt_state, params)"
+)
+
+NOT_REPLAYABLE = {
+    "adaptive_grad_clip": "takes the norms of the parameters and of single units",
+    "clip_by_block_rms": "takes the root mean square of each leaf",
+    "clip_by_param_norm": "takes the norms of the parameters and of the update",
+    "clip_by_value": "takes single entries of the gradient",
+    "clippy": "takes single entries of the parameters and of the update",
+    "measure_norms": "clips nothing",
+    "safeguard": "takes the norm of the parameters; its clip before the optimizer is robust_clip",
+    "spam_clip": "takes single entries of the gradient",
+}
+"""Why a method cannot be replayed from norms alone."""
+
+NEEDS_A_NUMBER = {
+    "clip_by_global_norm": "optclip.clip_by_global_norm(1.0)",
+    "clip_by_group_norm": "optclip.clip_by_group_norm(1.0, labels)",
+    "clip_by_leaf_norm": "optclip.clip_by_leaf_norm(1.0)",
+    "smooth_clip": "optclip.smooth_clip(1.0)",
+}
+"""Methods without a default for their threshold."""
+
+
+class Chosen(NamedTuple):
+    """What is to be replayed.
+
+    Attributes:
+        methods: From name to (transformation, whether it takes the norm of each leaf).
+        not_replayed: From name to why not.
+    """
+
+    methods: dict[str, tuple[optax.GradientTransformation, bool]]
+    not_replayed: dict[str, str]
+
+
+class Trace(NamedTuple):
+    """What a method did; arrays with one value for each step.
+
+    Attributes:
+        thresholds: The threshold; of several leaves the smallest, infinite where it does not clip.
+        outputs: The norm that came out; 0 where the step was skipped.
+        clipped: Whether the step was clipped or skipped; not so where it was not finite.
+    """
+
+    thresholds: np.ndarray
+    outputs: np.ndarray
+    clipped: np.ndarray
+
+
+def choose(methods: Any, record: Record, threshold: float) -> Chosen:
+    """What to replay of what was asked for.
+
+    Args:
+        methods: A mapping from name to transformation, names of methods, or None for all.
+        record: What it is replayed on.
+        threshold: Of the fixed clip that stands beside the learned ones.
+
+    Raises:
+        ValueError: With one line, for what is neither.
+    """
+    if isinstance(methods, Mapping):
+        return _of_mapping(methods, record)
+    if methods is None:
+        fixed = optclip.clip_by_global_norm(threshold)
+        chosen = _of_names(LEARNED, record)
+        first = {f"clip_by_global_norm({threshold:.3g})": (fixed, False)}
+        missing = {
+            name: f"has no default for its threshold; pass {{'mine': {code}}}"
+            for name, code in NEEDS_A_NUMBER.items()
+            if name != "clip_by_global_norm"
+        }
+        why = chosen.not_replayed | NOT_REPLAYABLE | missing
+        return Chosen(first | chosen.methods, dict(sorted(why.items())))
+    if isinstance(methods, str) or not isinstance(methods, Iterable):
+        raise ValueError(
+            f"methods must be a list of names or a mapping from name to transformation, got "
+            f"{methods!r}; pass ['robust_clip', 'zclip'], or leave it out for all"
+        )
+    return _of_names(methods, record)
+
+
+def _of_names(names: Iterable[Any], record: Record) -> Chosen:
+    chosen = Chosen({}, {})
+    for name in names:
+        if name in NEEDS_A_NUMBER:
+            code = NEEDS_A_NUMBER[name]
+            raise ValueError(f"{name} has no default for its threshold; pass {{'mine': {code}}}")
+        if name in NOT_REPLAYABLE:
+            chosen.not_replayed[name] = NOT_REPLAYABLE[name]
+        elif name in BY_LEAF and not record.leaf_norms:
+            chosen.not_replayed[name] = NO_LEAVES
+        elif name == "skip_spikes":
+            chosen.methods[name] = (optclip.skip_spikes(optax.identity()), False)
+        elif name in LEARNED:
+            chosen.methods[name] = (getattr(optclip, name)(), name in BY_LEAF)
+        else:
+            raise ValueError(
+                f"no method to replay is called {name!r}; there are {', '.join(LEARNED)}, and any "
+                "transformation in a mapping: {'mine': optclip.robust_clip(3.0)}"
+            )
+    return chosen
+
+
+def _of_mapping(methods: Mapping[str, Any], record: Record) -> Chosen:
+    chosen = Chosen({}, {})
+    for name, transform in methods.items():
+        if not (hasattr(transform, "init") and hasattr(transform, "update")):
+            raise ValueError(
+                f"methods[{name!r}] must be a transformation, such as optclip.robust_clip(), got "
+                f"{transform!r}"
+            )
+        by_leaf = _takes_leaves(transform, record)
+        if isinstance(by_leaf, str):
+            chosen.not_replayed[name] = by_leaf
+        elif by_leaf and not record.leaf_norms:
+            chosen.not_replayed[name] = NO_LEAVES
+        else:
+            chosen.methods[name] = (transform, by_leaf)
+    return chosen
+
+
+def _takes_leaves(transform: Any, record: Record) -> bool | str:
+    """Whether a transformation takes the norm of each leaf; or why it cannot be replayed.
+
+    It is tried out on two leaves whose norms are known: what it reads tells what it measures.
+    """
+    paths = (*record.leaf_norms, "a", "b")[:2]
+    entries = (jnp.array([3e15, 4e15]), jnp.array([12e14, 0.0]))
+    gradient = dict(zip(paths, entries, strict=True))
+    try:
+        state = transform.init(gradient)
+        _, state = jax.jit(transform.update)(gradient, state)
+    except (ValueError, KeyError) as error:
+        if str(error) == NO_PARAMS_MSG:
+            return "takes the parameters, which were not recorded; pass the clip alone"
+        return f"cannot be tried out: {' '.join(str(error).split())[:200]}"
+    read = jax.device_get(optclip.metrics(state))
+    norm = _named(read, "norm")[0]
+    if norm is None:
+        return "keeps no readings of a clip; pass one of optclip's transformations"
+    if not np.isclose(norm, np.hypot(5e15, 12e14), rtol=1e-5):
+        return "measures another norm than the 2-norm of the gradient, or of each leaf"
+    factor, clipped = _named(read, "factor")[0], _named(read, "clipped_norm")[0]
+    together = factor is None or np.isclose(factor * norm, clipped, rtol=1e-4)
+    return not together or _remembers_leaves(transform, gradient)
+
+
+def _remembers_leaves(transform: Any, gradient: Mapping[str, Any]) -> bool:
+    """Whether what its clips remember depends on how many leaves there are."""
+    one = dict(list(gradient.items())[:1])
+    shapes = [_memory_shapes(jax.eval_shape(transform.init, tree)) for tree in (one, gradient)]
+    return shapes[0] != shapes[1]
+
+
+def _memory_shapes(state: Any) -> list[tuple[int, ...]]:
+    is_clip = lambda node: isinstance(node, optclip.ClipState)  # noqa: E731
+    clips = [node for node in jax.tree.leaves(state, is_leaf=is_clip) if is_clip(node)]
+    return [leaf.shape for clip in clips for leaf in jax.tree.leaves(clip.memory)]
+
+
+def _named(readings: Mapping[str, Any], name: str) -> list[Any]:
+    """That reading of every clip in the order of the chain, then of a skip; [None] for none."""
+    numbers = [key for key in readings if key.startswith("clip/") and key.endswith(f"/{name}")]
+    plain = [key for key in numbers if key in (f"clip/{name}", *_numbered(name, len(numbers)))]
+    skip = [f"skip/{name}"] if f"skip/{name}" in readings else []
+    return [readings[key] for key in plain + skip] or [None]
+
+
+def _numbered(name: str, count: int) -> Iterable[str]:
+    return (f"clip/{place}/{name}" for place in range(count))
+
+
+def drive(transform: Any, norms: np.ndarray, leaf_norms: Mapping[str, np.ndarray]) -> Trace:
+    """Runs a transformation over gradients with one entry, or one in each leaf.
+
+    One jitted scan over the steps.
+
+    Args:
+        transform: The transformation.
+        norms: Norm of the gradient at each step.
+        leaf_norms: That of each leaf by path; empty for one leaf with the norm of all.
+    """
+    stream = {name: _entries(x) for name, x in (leaf_norms or {"": norms}).items()}
+    by_leaf = bool(leaf_norms)
+
+    def step(state: Any, gradient: Any) -> tuple[Any, tuple[jax.Array, ...]]:
+        _, state = transform.update(gradient, state)
+        return state, _what_it_did(optclip.metrics(state), by_leaf)
+
+    @jax.jit
+    def through(stream: Any) -> tuple[jax.Array, ...]:
+        first = jax.tree.map(lambda x: jnp.zeros_like(x[0]), stream)
+        return jax.lax.scan(step, transform.init(first), stream)[1]
+
+    thresholds, outputs, clipped = (np.asarray(x) for x in through(stream))
+    return Trace(thresholds.astype(np.float64), outputs.astype(np.float64), clipped)
+
+
+def _entries(norms: np.ndarray) -> jax.Array:
+    """Gradients of one entry; a finite norm beyond float32 is as large as can be."""
+    most = float(np.finfo(np.float32).max)
+    held = np.where(np.isfinite(norms), np.minimum(norms, most), norms)
+    return jnp.asarray(held[:, None], jnp.float32)
+
+
+def _what_it_did(readings: Mapping[str, Any], by_leaf: bool) -> tuple[jax.Array, ...]:
+    """(threshold, norm that came out, whether it was clipped)."""
+    thresholds, all_norms = _named(readings, "threshold"), _named(readings, "norm")
+    threshold = jnp.min(jnp.stack(thresholds))
+    skipping = readings.get("skip/skipping", jnp.zeros([], bool))
+    clips = [x for x in _named(readings, "clipped_norm") if x is not None]
+    norm = all_norms[-1] if "skip/norm" in readings else all_norms[0]
+    output = jnp.where(skipping, 0, clips[-1] if clips else norm)
+    if by_leaf:
+        clipped = jnp.min(jnp.stack(_named(readings, "factor"))) < 1
+    else:
+        pairs = zip(all_norms, thresholds, strict=True)
+        clipped = jnp.any(jnp.stack([of > most for of, most in pairs]))
+    return threshold, output, (clipped | skipping) & jnp.isfinite(norm)

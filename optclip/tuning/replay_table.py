@@ -1,0 +1,68 @@
+"""The figures of a `Replay` as a table to print."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from optclip.tuning.wording import number, percent, steps_taken, times
+
+if TYPE_CHECKING:
+    from optclip.tuning.replaying import Replay
+
+
+def table(replay: "Replay") -> Any:
+    """The figures as a `rich.table.Table`.
+
+    Raises:
+        ImportError: If rich is not installed.
+    """
+    try:
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+    except ImportError:
+        raise ImportError('tables need rich: pip install "optclip[tuning]"') from None
+    result = Table(
+        title=_title(replay),
+        caption=_caption(replay),
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+    )
+    result.add_column("method", no_wrap=True)
+    headings = ("clipped", "last\nquarter", "worst\nspike →", "spikes\nthrough")
+    for heading in (*headings, "after\nrise", "after\nspike", "threshold\nat the end"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for row in replay.rows:
+        result.add_row(
+            row.method,
+            percent(row.clipped),
+            percent(row.clipped_last_quarter),
+            times(row.worst_spike),
+            f"{row.spikes_through} of {replay.spikes}" if replay.spikes else "-",
+            steps_taken(row.steps_after_rise),
+            steps_taken(row.steps_after_spike),
+            number(row.final_threshold) if math.isfinite(row.final_threshold) else "none",
+        )
+    return result
+
+
+def _title(replay: "Replay") -> str:
+    norms = len(replay.record.norms)
+    said = f"{norms:,} steps of {replay.record.source}: {replay.spikes} spikes"
+    if replay.spikes:
+        said += f", the worst {times(replay.worst_spike)} the usual norm"
+    if replay.rise is not None:
+        said += f"; the level rises at step {replay.rise:,.0f}"
+    return said
+
+
+def _caption(replay: "Replay") -> str:
+    from optclip.tuning.replaying import OPEN_LOOP
+
+    said = (
+        f"{OPEN_LOOP} worst spike, spikes through: after the clip, in multiples of the usual norm, "
+        "and at 5 times or more. after: for how many steps more than 10% is taken off most."
+    )
+    if replay.not_replayed:
+        said += f" Not replayed: {', '.join(replay.not_replayed)}; see not_replayed for why."
+    return said

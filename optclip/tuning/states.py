@@ -1,0 +1,95 @@
+"""Norms that an optimizer's state counted: from any state with a histogram to its bins."""
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from optclip import histograms
+from optclip.histograms import NormHistogram
+from optclip.scopes import is_variable
+from optclip.skipping import SafeguardState, SkipState
+from optclip.state import ClipState
+
+
+class Counted(NamedTuple):
+    """The bins of a histogram that are not empty.
+
+    Attributes:
+        norms: The norm that stands for each, ascending; positive and finite.
+        counts: How many steps had it.
+        notes: What a reader should know.
+    """
+
+    norms: np.ndarray
+    counts: np.ndarray
+    notes: tuple[str, ...]
+
+
+def counted_in(source: Any) -> Counted | None:
+    """The norms in a histogram or a state that has one; None for what is no state.
+
+    Raises:
+        ValueError: With one line, if a state has no histogram, or the histogram no norm.
+    """
+    if isinstance(source, str | bytes | os.PathLike | np.ndarray | jax.Array) or _is_log(source):
+        return None
+    clips = list(_clips_in(source))
+    found = [clip for clip in clips if isinstance(_memory(clip), NormHistogram)]
+    if found:
+        return _counted(found[0], len(found))
+    if clips:
+        raise ValueError(
+            "no clip in this state keeps the norms of its steps; put "
+            "optclip.measure_norms(histogram=True) first in the chain, or log optclip.metrics"
+        )
+    return None
+
+
+def _is_log(source: Any) -> bool:
+    """Whether it is rows or columns, which a search for states need not look through."""
+    if isinstance(source, list):
+        return not source or not isinstance(source[0], tuple)
+    if isinstance(source, Mapping):
+        return not any(isinstance(value, tuple) for value in source.values())
+    return False
+
+
+def _clips_in(source: Any) -> Iterator[Any]:
+    """Every histogram, and every state of a clip, with or without one."""
+    kinds = (NormHistogram, ClipState, SkipState, SafeguardState)
+    for node in jax.tree.leaves(source, is_leaf=lambda node: isinstance(node, kinds)):
+        if isinstance(node, kinds):
+            yield node
+        if isinstance(node, SkipState | SafeguardState):
+            yield from _clips_in(node.inner_state)
+
+
+def _memory(clip: Any) -> Any:
+    return clip if isinstance(clip, NormHistogram) else getattr(clip, "memory", None)
+
+
+def _counted(clip: Any, found: int) -> Counted:
+    counts = np.asarray(_array(_memory(clip).counts), np.int64)
+    if counts.shape != (histograms.BINS,):
+        raise ValueError(
+            f"the counts of one histogram have shape {(histograms.BINS,)}, got {counts.shape}; of "
+            "several runs or replicas pass one, or what optclip.histograms.merged makes of them"
+        )
+    notes = [f"the first of {found} histograms in the state was read"] if found > 1 else []
+    if isinstance(clip, ClipState) and (infinite := int(_array(clip.nonfinite_steps))):
+        notes.append(f"not finite, and left out: {infinite:,} of the gradients")
+    norms = histograms.middles()
+    known = (counts > 0) & (norms > 0) & np.isfinite(norms)
+    if outside := int(counts[~known].sum()):
+        notes.append(f"below 2^-64 or from 2^64 on, and left out: {outside:,} of the norms")
+    if not known.any():
+        raise ValueError("the histogram is empty, so there is nothing to choose from; train first")
+    return Counted(norms[known], counts[known], tuple(notes))
+
+
+def _array(x: Any) -> Any:
+    """The array in a leaf; `nnx.Optimizer` wraps its leaves in variables."""
+    return x.get_value() if is_variable(x) else x

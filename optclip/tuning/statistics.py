@@ -1,0 +1,195 @@
+"""What the norms of a run are like: their level, their noise and tail, and how the level drifts.
+
+All of it is made of medians and quartiles of logarithms: spikes hardly move it, and norms a million
+times as large give the same answer a million times as large.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+START_UP = 0.1
+"""Share of a run that is left out: the first steps are like no others."""
+
+PARTS = 8
+"""Of how many parts of the run the levels are compared,"""
+
+FEWEST = 16
+"""each of so many norms at least."""
+
+LEAST_SPREAD = 0.02
+"""Floor under a deviation of the log norm, as in `robust_clip`: the norms may be all the same."""
+
+FIRST_GUESS, GUESS_COUNTS = 0.25, 4
+"""What a deviation is taken for before there are norms, and as of how many norms it counts."""
+
+UPPER_QUARTILE = 0.6745
+"""Of a normal distribution, in deviations above its median."""
+
+_AT_ONCE = 50_000  # windows; keeps the memory that long runs take within bounds
+_RESAMPLES, _MOST = 400, 4000
+
+
+class Sample(NamedTuple):
+    """Positive finite norms in ascending order, each so many times.
+
+    Attributes:
+        norms: The norms.
+        counts: How often each was met.
+    """
+
+    norms: np.ndarray
+    counts: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """How many norms there are."""
+        return int(self.counts.sum())
+
+    def quantile(self, q: float) -> float:
+        """The smallest norm with a share of at least q at or below it."""
+        below = np.cumsum(self.counts)
+        # Rounding must not push a whole number of norms up to the next.
+        rank = max(math.ceil(q * below[-1] * (1 - 1e-12)), 1)
+        return float(self.norms[np.searchsorted(below, rank)])
+
+    def share_above(self, threshold: float) -> float:
+        """The share of norms that exceed a threshold."""
+        return float(self.counts[self.norms > threshold].sum() / self.size)
+
+
+class Course(NamedTuple):
+    """How the norms go over a run.
+
+    Attributes:
+        sample: The settled norms.
+        levels: The median of each part of the run, in order; one part where the norms are few or
+            in no order.
+        spread: Deviation of the log norm above the level of its part.
+        interval: Between which factors of itself the level plus so many deviations lies, as far as
+            the run can tell (95%).
+    """
+
+    sample: Sample
+    levels: np.ndarray
+    spread: float
+    interval: tuple[float, float]
+
+    @property
+    def level(self) -> float:
+        """The typical norm: three quarters of the parts keep below it."""
+        return math.exp(_upper(np.log(self.levels)))
+
+    @property
+    def drift(self) -> float | None:
+        """The largest level over the smallest; None where the parts are too few to tell."""
+        return float(self.levels.max() / self.levels.min()) if len(self.levels) > 1 else None
+
+
+def course_of(norms: np.ndarray, deviations: float) -> Course:
+    """The `Course` of settled norms in the order of the run.
+
+    Args:
+        norms: Positive and finite.
+        deviations: Above the level, for the interval.
+    """
+    parts = np.array_split(norms, max(1, min(PARTS, len(norms) // FEWEST)))
+    levels = np.array([np.median(part) for part in parts])
+    above = np.concatenate([np.log(part / m) for part, m in zip(parts, levels, strict=True)])
+    spread = _guarded(_upper(above), len(norms))
+    few = len(parts) == 1
+    interval = (
+        _interval_of_few(spread, len(norms), deviations)
+        if few
+        else _interval_of_parts(parts, deviations)
+    )
+    return Course(Sample(*np.unique(norms, return_counts=True)), levels, spread, interval)
+
+
+def course_of_counts(sample: Sample, deviations: float) -> Course:
+    """The same of norms whose order is not known."""
+    level = sample.quantile(0.5)
+    spread = _guarded(math.log(sample.quantile(0.75) / level), sample.size)
+    return Course(
+        sample, np.array([level]), spread, _interval_of_few(spread, sample.size, deviations)
+    )
+
+
+def _upper(values: np.ndarray) -> float:
+    return float(np.quantile(values, 0.75))
+
+
+def _guarded(quartile: float, count: int) -> float:
+    """A deviation, from the upper quartile of so many log norms about their level.
+
+    Only the upper side of the norms matters to a clip, and up to a quarter of them may be spikes.
+    """
+    total = count * (quartile / UPPER_QUARTILE) ** 2 + GUESS_COUNTS * FIRST_GUESS**2
+    return max(math.sqrt(total / (count + GUESS_COUNTS)), LEAST_SPREAD)
+
+
+def ordinary(norms: np.ndarray) -> np.ndarray:
+    """Which norms a threshold can be read from: the finite ones above 0."""
+    return np.isfinite(norms) & (norms > 0)
+
+
+def settled(norms: np.ndarray) -> np.ndarray:
+    """The ordinary norms after the start-up, in order; of a short run all of them."""
+    after = norms[int(START_UP * len(norms)) :]
+    enough = np.count_nonzero(ordinary(after)) >= 2 * FEWEST
+    return after[ordinary(after)] if enough else norms[ordinary(norms)]
+
+
+def heights(norms: np.ndarray, height: np.ndarray) -> np.ndarray:
+    """Norms in multiples of the usual ones; of all where the run is too short to tell."""
+    if np.isfinite(height[np.isfinite(norms)]).any():
+        return height
+    return norms / np.median(norms[ordinary(norms)])
+
+
+def moving_median(norms: np.ndarray, width: int) -> np.ndarray:
+    """The median of each row of so many neighbours: one less than `width` fewer than norms."""
+    windows = np.lib.stride_tricks.sliding_window_view(norms, width)
+    parts = range(0, len(windows), _AT_ONCE)
+    return np.concatenate([np.median(windows[at : at + _AT_ONCE], axis=1) for at in parts])
+
+
+def _interval_of_parts(parts: list[np.ndarray], deviations: float) -> tuple[float, float]:
+    """By a bootstrap of blocks within each part: norms of neighbouring steps are alike."""
+    random = np.random.default_rng(0)
+    logs = [np.log(part[:: max(1, len(part) * len(parts) // _MOST)]) for part in parts]
+    drawn = [_resampled(part, random) for part in logs]
+    levels = [np.median(part, axis=1, keepdims=True) for part in drawn]
+    above = [part - level for part, level in zip(drawn, levels, strict=True)]
+    spread = np.quantile(np.concatenate(above, axis=1), 0.75, axis=1) / UPPER_QUARTILE
+    level = np.quantile(np.concatenate(levels, axis=1), 0.75, axis=1)
+    reached = level + deviations * spread
+    low, high = np.quantile(reached, [0.025, 0.975]) - np.median(reached)
+    return math.exp(low), math.exp(high)
+
+
+def _resampled(values: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Many rows as long as the values, made of blocks of them."""
+    count, block = len(values), math.isqrt(len(values))
+    starts = random.integers(count, size=(_RESAMPLES, math.ceil(count / block), 1))
+    places = (starts + np.arange(block)).reshape(_RESAMPLES, -1)[:, :count]
+    return values[places % count]
+
+
+def _interval_of_few(spread: float, count: int, deviations: float) -> tuple[float, float]:
+    """The same as it would be for independent norms with a log-normal distribution."""
+    # Deviations of median and upper quartile, times the root of the count, and their correlation.
+    of_level, of_upper, together = 1.253, 1.363, 0.577
+    weight = deviations / UPPER_QUARTILE
+    a, b = (1 - weight) * of_level, weight * of_upper
+    deviation = math.sqrt(a * a + b * b + 2 * together * a * b) * spread / math.sqrt(count)
+    return math.exp(-1.96 * deviation), math.exp(1.96 * deviation)
+
+
+def interval_of_share(share: float, count: int) -> tuple[float, float]:
+    """Wilson's interval, of 95%, for the probability behind a share of so many steps."""
+    z2 = 1.96**2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2))) / (1 + z2 / count)
+    return max(middle - half, 0.0), min(middle + half, 1.0)

@@ -1,0 +1,124 @@
+"""What `suggest_threshold` says of a run, in sentences."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from optclip.tuning.records import Record
+from optclip.tuning.statistics import Course
+from optclip.tuning.wording import number, percent
+
+MANY_CLIPPED = 0.1
+"""Share of clipped steps from which on the notes say that the run was clipped."""
+
+
+class Fared(NamedTuple):
+    """How a fixed threshold would have fared on the recorded norms, as if they had stayed the same.
+
+    Attributes:
+        threshold: The threshold: the one suggested, or what it would be where none fits.
+        clip_rate: Share of the finite steps that it would have clipped.
+        quarters: The same for each quarter of the run, None where it has no finite step; () where
+            the order of the norms is not known.
+        worst_before: The largest norm, in multiples of the usual norm around it.
+        worst_after: The same after the clip.
+    """
+
+    threshold: float
+    clip_rate: float
+    quarters: tuple[float | None, ...]
+    worst_before: float
+    worst_after: float
+
+
+def fitting(course: Course, threshold: float, deviations: float, most_drift: float) -> str:
+    """Why this threshold."""
+    said = (
+        f"That is {threshold / course.level:.2f} times the typical norm of {number(course.level)}, "
+        f"{deviations:g} deviations above it, so it clips spikes and few other steps"
+    )
+    if course.drift is None:
+        return f"{said}."
+    return (
+        f"{said}; over the run the typical norm moves by a factor of {course.drift:.1f}, and one "
+        f"threshold fits up to {most_drift:g}."
+    )
+
+
+def moving(course: Course, fared: Fared, most_drift: float) -> str:
+    """Why no fixed one."""
+    change = course.levels[-1] / course.levels[0]
+    how = "rises" if change > 2 else "falls" if change < 0.5 else "moves"
+    quarters = ", ".join("-" if x is None else percent(x) for x in fared.quarters)
+    lowest = fared.threshold / course.levels.min()
+    return (
+        f"A fixed threshold does not fit: the typical norm {how} by a factor of "
+        f"{number(course.drift or 1.0)} over the run (more than {most_drift:g}), so that "
+        f"{number(fared.threshold)} would have clipped {quarters} of its quarters, and let "
+        f"{number(lowest)} times the typical norm through where that is smallest; robust_clip "
+        "follows it."
+    )
+
+
+def diverged(step: int, count: int) -> str:
+    """Why no threshold can be told from a run that diverged."""
+    return (
+        f"The run diverged (no finite norm from step {step:,} of {count:,} on) before a typical "
+        "norm could be told; safeguard holds spikes and bounds each update relative to the "
+        "parameters, or record a run with a smaller learning rate."
+    )
+
+
+def told(fared: Fared) -> str:
+    """How it would have fared."""
+    said = f"On this run it would have clipped {percent(fared.clip_rate)} of the steps"
+    if fared.quarters and None not in fared.quarters:
+        said += f" ({', '.join(percent(x or 0) for x in fared.quarters)} by quarter)"
+    if fared.worst_after < fared.worst_before:
+        said += (
+            f" and brought the worst from {number(fared.worst_before)} to "
+            f"{number(fared.worst_after)} times the usual norm"
+        )
+    return f"{said}."
+
+
+def uncertainty(course: Course, threshold: float, ordered: bool = True) -> str | None:
+    """How unsure the threshold is; None where that is not worth a word."""
+    low, high = (threshold * factor for factor in course.interval)
+    count = course.sample.size
+    steps = f"{count:,} step{'' if count == 1 else 's'}"
+    said = f"From {steps} the threshold is known to lie between {number(low)} and {number(high)}"
+    if not ordered:
+        return f"{said}; whether the typical norm drifts a histogram cannot tell."
+    if course.drift is None:
+        return f"{said}; to tell whether the typical norm drifts, record a hundred steps or more."
+    return f"{said}." if high > 1.1 * low else None
+
+
+def notes(record: Record) -> list[str]:
+    """What else a reader should know of a record."""
+    norms, count = record.norms, len(record.norms)
+    infinite, zero = int((~np.isfinite(norms)).sum()), int((norms == 0).sum())
+    said = []
+    if infinite:
+        said.append(f"{infinite:,} of {count:,} norms not finite, and left out")
+    if zero:
+        said.append(f"{zero:,} of {count:,} norms 0, and left out")
+    factor = record.reading("factor")
+    clipped = 0.0 if factor is None else float((factor < 1).mean())
+    if clipped > MANY_CLIPPED:
+        said.append(
+            f"{percent(clipped)} of the steps were clipped; without that the norms would have been "
+            "others"
+        )
+    return said
+
+
+def nothing(norms: np.ndarray, source: str) -> str:
+    """Why there is no answer."""
+    zeros = bool(np.isfinite(norms).any())
+    what = "is above 0" if zeros else "is finite"
+    return (
+        f"none of the {len(norms):,} norms of {source} {what}, so there is nothing to choose a "
+        "threshold from; record a run with gradients that are finite and not 0"
+    )

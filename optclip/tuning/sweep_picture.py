@@ -1,0 +1,146 @@
+"""A `Sweep` as a picture and as a table."""
+
+import os
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optclip.tuning.wording import percent
+
+if TYPE_CHECKING:
+    from optclip.tuning.sweeping import Sweep
+
+# From Okabe and Ito's palette, which the colour-blind can tell apart.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+
+
+def table(sweep: "Sweep") -> Any:
+    """The losses as a `rich.table.Table`; the best threshold is marked."""
+    try:
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+    except ImportError:
+        raise ImportError('tables need rich: pip install "optclip[tuning]"') from None
+    result = Table(caption=sweep.finding(), caption_justify="left", box=SIMPLE_HEAD)
+    for heading in ("threshold", "median loss", "lowest", "highest", "clipped"):
+        result.add_column(heading, justify="right")
+    for threshold, losses, rates in zip(
+        sweep.thresholds, sweep.losses, sweep.clip_rates, strict=True
+    ):
+        known = rates[~np.isnan(rates)]
+        result.add_row(
+            ("* " if threshold == sweep.best else "") + _number(threshold),
+            *map(_loss, (np.median(losses), losses.min(), losses.max())),
+            percent(float(known.mean())) if known.size else "-",
+        )
+    return result
+
+
+def draw(sweep: "Sweep", path: str | os.PathLike[str] | None, subtitle: str) -> Any:
+    """Loss against threshold; no clipping stands at the right, beyond a gap."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError('pictures need matplotlib: pip install "optclip[tuning]"') from None
+    figure = Figure(figsize=(8, 4.4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    places = _places(sweep.thresholds)
+    medians, lows, highs = sweep.medians, sweep.losses.min(axis=1), sweep.losses.max(axis=1)
+    top = _top(medians)
+    held = np.minimum(medians, top)
+
+    limits = sweep.thresholds <= sweep.thresholds[np.isfinite(sweep.thresholds)].max(initial=0)
+    low, high = (places[sweep.thresholds == x][0] for x in sweep.flat)
+    if low < high:
+        axes.axvspan(low, high, color=GREEN, alpha=0.13, lw=0, label="within 2% of the lowest")
+    band = f"lowest to highest of {len(sweep.seeds)} seeds"
+    for part in (limits, ~limits):
+        axes.fill_between(
+            places[part],
+            np.minimum(lows, top)[part],
+            np.minimum(highs, top)[part],
+            color=BLUE,
+            alpha=0.2,
+            lw=6 if part.sum() == 1 else 0,
+            label=band if part is limits else None,
+        )
+        axes.plot(places[part], held[part], "-", color=BLUE, lw=1.8)
+    inside = medians <= top
+    axes.plot(places[inside], held[inside], "o", color=BLUE, ms=5, label="median")
+    beyond = ~inside
+    if beyond.any():
+        axes.plot(places[beyond], held[beyond], "^", color=ORANGE, ms=8, label="above, or diverged")
+    if not np.isnan(sweep.best):
+        best = sweep.thresholds == sweep.best
+        axes.plot(places[best], held[best], "o", color="black", ms=9, mfc="none", label="best")
+    _label(axes, sweep, places)
+    bottom = axes.get_ylim()[0]
+    axes.set_ylim(bottom, top + 0.06 * (top - bottom))
+    axes.legend(
+        frameon=False,
+        fontsize=9,
+        ncols=3,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        borderaxespad=0,
+    )
+    title = textwrap.fill(sweep.finding(), 74)
+    figure.suptitle(title, x=0.012, ha="left", size=13, weight="bold")
+    shown = textwrap.shorten(subtitle, 118, placeholder=" ...") or " "
+    axes.set_title(shown, loc="left", size=9, color="0.3", pad=38)
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def _top(medians: np.ndarray) -> float:
+    """Where the picture ends: of a loss far above the best it says only that it is."""
+    known = medians[np.isfinite(medians)]
+    if not known.size:
+        return 1.0
+    best = float(known.min())
+    most = best + 4 * max(float(np.median(known)) - best, 0.05 * abs(best), 1e-9)
+    return min(most, float(known.max())) + 0.15 * (min(most, float(known.max())) - best)
+
+
+def _places(thresholds: np.ndarray) -> np.ndarray:
+    """Where each stands on the logarithmic axis; 0 and infinity have no place of their own."""
+    finite = thresholds[np.isfinite(thresholds) & (thresholds > 0)]
+    least, most = (finite.min(), finite.max()) if finite.size else (1.0, 1.0)
+    gap = max((most / least) ** 0.13, 1.5)
+    return np.where(
+        thresholds == 0, least / gap, np.where(np.isinf(thresholds), most * gap, thresholds)
+    )
+
+
+def _label(axes: Any, sweep: "Sweep", places: np.ndarray) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator
+
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xscale("log")
+    axes.set_xlabel("threshold (gradient norm, log axis)")
+    axes.set_ylabel("final loss")
+    odd = {
+        places[i]: "no clip" if np.isinf(x) else "0"
+        for i, x in enumerate(sweep.thresholds)
+        if not 0 < x < np.inf
+    }
+    finite = places[[place not in odd for place in places]]
+    decades = [
+        tick
+        for tick in LogLocator(numticks=12).tick_values(places.min(), places.max())
+        if finite.size and finite.min() / 1.01 <= tick <= finite.max() * 1.01
+    ]
+    if len(decades) < 2:
+        decades = sorted({*finite[[0, -1]]}) if finite.size else []
+    axes.xaxis.set_major_locator(FixedLocator([*decades, *odd]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: odd.get(x) or f"{x:g}"))
+
+
+def _number(threshold: float) -> str:
+    return "none" if np.isinf(threshold) else f"{threshold:.3g}"
+
+
+def _loss(loss: float) -> str:
+    return f"{loss:.4g}" if np.isfinite(loss) else "diverged"

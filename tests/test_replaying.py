@@ -1,0 +1,241 @@
+"""`replay`: what it reports is what the methods do, step by step, and nothing is left unnamed."""
+
+import builtins
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from registry import METHODS, WRAPPERS
+
+import optclip
+from optclip.tuning import replay
+from optclip.tuning.replay_methods import LEARNED, NEEDS_A_NUMBER, NO_LEAVES, NOT_REPLAYABLE
+
+PUBLIC = sorted({method.name for method in METHODS + WRAPPERS})
+
+
+def noisy(count: int = 400, noise: float = 0.2, seed: int = 0) -> np.ndarray:
+    return np.exp(noise * np.random.default_rng(seed).normal(size=count))
+
+
+def spiky() -> np.ndarray:
+    """Two spikes, a NaN, an infinity, a zero, and from step 250 on four times the level."""
+    norms = noisy()
+    norms[[100, 120]] *= 100, 20
+    norms[[50, 60, 70]] = np.nan, np.inf, 0
+    norms[250:] *= 4
+    return norms
+
+
+def by_hand(transform, norms, split=(1.0,)):
+    """(threshold, norm that comes out, clipped) of each step, in a plain loop."""
+    like = [jnp.zeros(1)] * len(split)
+    state, update = transform.init(like), jax.jit(transform.update)
+    steps = []
+    for norm in norms:
+        gradient = [jnp.full(1, norm * share, jnp.float32) for share in split]
+        updates, state = update(gradient, state)
+        readings = optclip.metrics(state)
+        kind = "skip" if "skip/norm" in readings else "clip"
+        out = math.hypot(*(float(u[0]) for u in updates))
+        clipped = out < 0.9999999 * float(readings[f"{kind}/norm"]) and math.isfinite(norm)
+        steps.append((float(readings[f"{kind}/threshold"]), out, clipped))
+    return (np.array(column) for column in zip(*steps, strict=True))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        optclip.clip_by_global_norm(1.3),
+        optclip.robust_clip(),
+        optclip.skip_spikes(optax.identity(), window=16),
+        optax.chain(optclip.zclip(warmup_steps=10), optax.identity()),
+    ],
+    ids=["fixed", "robust", "skip", "chain"],
+)
+def test_it_is_what_the_transformation_does(transform):
+    norms = spiky()[:140]
+    [row] = replay(norms, {"mine": transform}).rows
+    thresholds, outputs, clipped = by_hand(transform, norms)
+    np.testing.assert_allclose(row.thresholds, thresholds, rtol=1e-5)
+    np.testing.assert_allclose(row.outputs, outputs, rtol=1e-5)
+    finite = np.isfinite(norms)
+    assert row.clipped == pytest.approx(clipped[finite].mean())
+    assert row.clipped_last_quarter == pytest.approx(clipped[105:].mean())
+    assert row.final_threshold == row.thresholds[-1]
+
+
+def test_methods_by_leaf_get_the_norms_of_the_leaves():
+    norms = noisy(60)
+    columns = {"clip/norm": norms, "clip/norms/a": 0.6 * norms, "clip/norms/b": 0.8 * norms}
+    transform = optclip.adagc(warmup_steps=5)
+    [row] = replay(columns, {"mine": transform}).rows
+    assert row.by_leaf
+    thresholds, outputs, _ = by_hand(transform, norms, split=(0.6, 0.8))
+    np.testing.assert_allclose(row.thresholds, thresholds, rtol=1e-5)
+    np.testing.assert_allclose(row.outputs, outputs, rtol=1e-5)
+    fixed = optclip.clip_by_leaf_norm(0.7)
+    [row] = replay(columns, {"mine": fixed}).rows
+    assert row.clipped == np.mean(0.8 * norms > 0.7)
+
+
+def test_a_fixed_threshold_clips_exactly_what_exceeds_it():
+    norms = spiky()
+    [row] = replay(norms, {"mine": optclip.clip_by_global_norm(1.25)}).rows
+    finite = norms[np.isfinite(norms)]
+    assert row.clipped == np.mean(finite > 1.25)
+    assert row.clipped_last_quarter == np.mean(norms[300:] > 1.25)
+
+
+def test_spikes_and_rises():
+    result = replay(
+        spiky(),
+        {
+            "low": optclip.clip_by_global_norm(1.5),
+            "high": optclip.clip_by_global_norm(30.0),
+            "none": optclip.measure_norms(),
+            "robust": optclip.robust_clip(),
+        },
+    )
+    assert result.spikes == 2
+    assert result.rise == 251
+    low, high, none, robust = result.rows
+    assert [row.spikes_through for row in result.rows] == [0, 2, 2, 0]
+    assert none.worst_spike == pytest.approx(result.worst_spike)
+    assert result.worst_spike == pytest.approx(100, rel=0.3)
+    assert none.clipped == 0
+    assert high.worst_spike == pytest.approx(30 * result.worst_spike / spiky()[100])
+    assert (low.steps_after_spike, high.steps_after_spike) == (0, 0)
+    assert (low.steps_after_rise, high.steps_after_rise) == (math.inf, 0)
+    assert 3 < robust.steps_after_rise < 60
+    after = robust.outputs[250:] < 0.9 * spiky()[250:]
+    first = int(robust.steps_after_rise)
+    shares = [after[k : k + 20].mean() for k in range(first + 1)]
+    assert shares[-1] <= 0.5 < min(shares[:-1])
+
+
+@pytest.mark.parametrize("change", [0.1, 1.0, 2.0])
+def test_what_is_no_rise(change):
+    norms = noisy()
+    norms[200:] *= change
+    norms[100:115] *= 30
+    assert replay(norms, ["robust_clip"]).rise is None
+
+
+def test_no_spike_and_no_rise_are_none():
+    [row] = replay(noisy(), ["robust_clip"]).rows
+    assert row.steps_after_rise is None
+    assert row.steps_after_spike is None
+
+
+@pytest.fixture(scope="module")
+def everything():
+    return replay(spiky())
+
+
+def test_every_public_method_is_replayed_or_named_with_the_reason(everything):
+    replayed = {row.method.partition("(")[0] for row in everything.rows}
+    assert replayed | everything.not_replayed.keys() == set(PUBLIC)
+    assert not replayed & everything.not_replayed.keys()
+    assert all(everything.not_replayed.values())
+    assert everything.not_replayed["adagc"] == NO_LEAVES
+    assert replayed == {*LEARNED, "clip_by_global_norm"} - {"adagc"}
+    assert {*LEARNED, *NOT_REPLAYABLE, *NEEDS_A_NUMBER} == set(PUBLIC)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS + WRAPPERS if m.name in NOT_REPLAYABLE])
+def test_transformations_that_take_more_than_norms_are_found_out(method):
+    if method.name == "measure_norms":  # it takes norms alone, and clips nothing
+        return
+    result = replay(noisy(40), {"mine": method.build()})
+    assert not result.rows
+    assert result.not_replayed["mine"]
+
+
+def test_scope_and_norm_of_a_transformation_are_found_out():
+    norms = noisy(40)
+    columns = {"norm": norms, "norms/x": norms / 2, "norms/y": norms * 0.75**0.5}
+    methods = {
+        "leaf": optclip.clip_by_leaf_norm(0.5),
+        "group": optclip.clip_by_group_norm(0.5, {"x": "one", "y": "two"}.get),
+        "detail": optclip.robust_clip(detail=True),
+        "inner": optax.chain(optclip.robust_clip(), optax.adam(1e-3)),
+        "l1": optclip.clip_by_global_norm(1.0, ord=1),
+        "other": optax.clip_by_global_norm(1.0),
+    }
+    result = replay(columns, methods)
+    assert {row.method: row.by_leaf for row in result.rows} == {
+        "leaf": True,
+        "group": True,
+        "detail": False,
+        "inner": False,
+    }
+    assert result.not_replayed.keys() == {"l1", "other"}
+    assert replay(norms, {"leaf": methods["leaf"]}).not_replayed == {"leaf": NO_LEAVES}
+
+
+def test_it_can_be_written_as_json(everything):
+    read = json.loads(json.dumps(everything.to_dict(), allow_nan=False))
+    assert len(read["rows"]) == len(everything.rows)
+    assert len(read["rows"][0]["thresholds"]) == 400
+    assert read["suggestion"]["method"] == everything.suggestion.method
+
+
+def test_table(everything):
+    from rich.console import Console
+
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file:
+        console.print(everything.table())
+    text = console.export_text()
+    assert all(row.method in text for row in everything.rows)
+    assert "Open loop" in text
+    assert "never" in text
+
+
+@pytest.mark.parametrize("names", [None, ["robust_clip"]])
+def test_picture(everything, names, tmp_path):
+    result = everything if names is None else replay(noisy(3), names)
+    path = result.draw(tmp_path / "replay.png")
+    assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_short_and_strange_records():
+    for norms in ([2.0], [1.0, np.nan, 1.0], [1.0] * 50, [0.0, 0.0, 3.0], [1e-30, 1e30, 1.0]):
+        [row] = replay(np.array(norms), ["robust_clip"]).rows
+        assert len(row.outputs) == len(norms)
+        assert 0 <= row.clipped <= 1
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        ("robust_clip", "must be a list of names"),
+        (["nonsense"], "no method to replay is called 'nonsense'"),
+        (["clip_by_global_norm"], "has no default for its threshold; pass {'mine': optclip.clip"),
+        ({"mine": 1.0}, "must be a transformation"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_said_in_one_line(methods, said):
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        replay(noisy(40), methods)
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("package", ["rich", "matplotlib"])
+def test_extras_that_are_missing_are_named(everything, package, monkeypatch, tmp_path):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.partition(".")[0] == package:
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r'pip install "optclip\[tuning\]"'):
+        everything.table() if package == "rich" else everything.draw(tmp_path / "x.png")

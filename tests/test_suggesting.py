@@ -1,0 +1,317 @@
+"""`suggest_threshold` on streams of norms whose truth is known."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optclip
+from optclip import histograms
+from optclip.tuning import suggest_threshold
+from optclip.tuning.records import read
+
+
+def noisy(count: int = 1000, noise: float = 0.2, seed: int = 0) -> np.ndarray:
+    return np.exp(noise * np.random.default_rng(seed).normal(size=count))
+
+
+def spiky(count: int = 1000, seed: int = 0) -> np.ndarray:
+    norms = noisy(count, seed=seed)
+    norms[count // 2 :: 20] *= 50
+    return norms
+
+
+def drifting(factor: float, count: int = 1000) -> np.ndarray:
+    return noisy(count) * np.geomspace(1, factor, count)
+
+
+def by_hand(norms: np.ndarray) -> tuple[float, float, list[float]]:
+    """(threshold, deviation, medians of the parts), by the formula in the docstring."""
+    norms = norms[len(norms) // 10 :]
+    parts = np.array_split(norms, 8)
+    medians = [np.median(part) for part in parts]
+    logs = np.concatenate([np.log(part) - np.log(np.median(part)) for part in parts])
+    raw = np.quantile(logs, 0.75) / 0.6745
+    spread = math.sqrt((len(norms) * raw**2 + 4 * 0.25**2) / (len(norms) + 4))
+    level = math.exp(np.quantile(np.log(medians), 0.75))
+    return level * math.exp(2 * spread), spread, medians
+
+
+def histogram_of(norms: np.ndarray) -> histograms.NormHistogram:
+    places = np.floor((np.log2(norms) - np.log2(histograms.LOWEST)) * 18 + 1).astype(int)
+    return histograms.NormHistogram(np.bincount(places, minlength=histograms.BINS))
+
+
+# What is suggested -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.2, 0.5, 1.0])
+def test_formula_clip_rate_and_percentile(noise):
+    norms = noisy(4000, noise)
+    suggestion = suggest_threshold(norms)
+    threshold, spread, medians = by_hand(norms)
+    assert suggestion.threshold == pytest.approx(threshold, rel=1e-9)
+    assert suggestion.noise == pytest.approx(spread)
+    assert suggestion.drift == pytest.approx(max(medians) / min(medians))
+    settled = norms[400:]
+    assert suggestion.clip_rate == np.mean(settled > threshold)
+    assert suggestion.percentile == pytest.approx(100 * np.mean(settled <= threshold))
+    # For a log-normal distribution it is the 97.7th percentile, about two deviations up.
+    assert 0.01 < suggestion.clip_rate < 0.04
+    low, high = suggestion.clip_rate_interval
+    assert low < suggestion.clip_rate < high < 0.05
+    # The threshold, but for the rounding to three digits, is what is pasted.
+    clip = eval(suggestion.method, {"optclip": optclip})
+    _, state = clip.update(jnp.array([1e3]), clip.init(jnp.zeros(1)))
+    assert float(state.clipped_norm) == pytest.approx(threshold, rel=5e-3)
+
+
+@pytest.mark.parametrize("noise", [0.2, 0.5])
+def test_intervals_hold_the_truth(noise):
+    true = math.exp(2 * noise)  # of the median; that of parts is a little higher
+    suggestions = [suggest_threshold(noisy(800, noise, seed)) for seed in range(40)]
+    inside = [s.interval[0] <= true * 1.02 <= s.interval[1] for s in suggestions]
+    assert np.mean(inside) > 0.85
+    rate = 0.0228
+    inside = [s.clip_rate_interval[0] <= rate <= s.clip_rate_interval[1] for s in suggestions]
+    assert np.mean(inside) > 0.75
+    wide, narrow = (suggest_threshold(noisy(n, noise)).interval for n in (100, 10_000))
+    assert math.log(wide[1] / wide[0]) > 4 * math.log(narrow[1] / narrow[0])
+
+
+def test_how_it_would_have_fared_is_counted():
+    norms = spiky()
+    suggestion = suggest_threshold(norms)
+    fared = suggestion.fared
+    assert fared.threshold == suggestion.threshold
+    assert fared.clip_rate == np.mean(norms > fared.threshold)
+    assert fared.quarters == tuple(np.mean(q > fared.threshold) for q in np.split(norms, 4))
+    assert suggestion.spikes == 25
+    assert fared.worst_before == pytest.approx(norms.max(), rel=0.15)
+    assert fared.worst_after < 2
+
+
+def test_spikes_move_neither_threshold_nor_drift():
+    plain, spikes = (suggest_threshold(norms) for norms in (noisy(), spiky()))
+    assert spikes.method.startswith("optclip.clip_by_global_norm(")
+    assert spikes.threshold == pytest.approx(plain.threshold, rel=0.05)
+    assert spikes.drift == pytest.approx(plain.drift, rel=0.1)
+
+
+@pytest.mark.parametrize("factor", [10, 0.1])
+def test_a_drifting_run_is_told_from_a_spiky_one(factor):
+    norms = drifting(factor)
+    suggestion = suggest_threshold(norms)
+    medians = by_hand(norms)[2]
+    assert suggestion.threshold is None
+    assert suggestion.method == "optclip.robust_clip()"
+    assert suggestion.drift == pytest.approx(max(medians) / min(medians))
+    assert suggestion.drift > 4
+    assert ("rises" if factor > 1 else "falls") in suggestion.reason
+    assert "(more than 4)" in suggestion.reason
+    assert suggestion.fared.quarters == tuple(
+        np.mean(q > suggestion.fared.threshold) for q in np.split(norms, 4)
+    )
+
+
+def test_what_one_threshold_fits():
+    for norms in (drifting(2.5), drifting(0.4), noisy(200, noise=1.0), np.linspace(3, 1, 500)):
+        assert suggest_threshold(norms).threshold is not None
+    # A linear decay to nothing does not.
+    assert suggest_threshold(np.linspace(1, 0.01, 500)).threshold is None
+
+
+def test_noise_is_no_drift():
+    drifts = [suggest_threshold(noisy(160, 1.0, seed)) for seed in range(30)]
+    assert all(s.method.startswith("optclip.clip_by_global_norm(") for s in drifts)
+
+
+def test_the_start_of_a_run_is_left_out():
+    norms = noisy()
+    norms[:100] *= 30
+    assert suggest_threshold(norms).threshold == pytest.approx(
+        suggest_threshold(noisy()).threshold, rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e6, 1e12])
+@pytest.mark.parametrize("norms", [noisy(), drifting(10), noisy(3)], ids=["noisy", "drift", "3"])
+def test_it_has_no_scale(norms, scale):
+    one, other = suggest_threshold(norms), suggest_threshold(scale * norms)
+    assert other.fared.threshold == pytest.approx(scale * one.fared.threshold, rel=1e-6)
+    assert (one.threshold is None) == (other.threshold is None)
+    assert other.drift == pytest.approx(one.drift) if one.drift else other.drift is None
+    if one.interval:
+        assert other.interval == pytest.approx([scale * x for x in one.interval], rel=1e-6)
+
+
+# Records of every kind ---------------------------------------------------------------------------
+
+
+def test_short_records_are_answered_with_doubts():
+    for count in (1, 2, 3, 5, 31):
+        norms = noisy(count)
+        suggestion = suggest_threshold(norms)
+        assert 1 < suggestion.threshold / np.median(norms) < 3
+        assert suggestion.drift is None
+        assert f"From {count} step" in suggestion.uncertainty
+        low, high = suggestion.interval
+        assert low < suggestion.threshold < high
+        assert high / low > 1.2
+        assert np.isfinite(suggestion.fared.worst_before)
+    assert suggest_threshold(noisy(100_000)).uncertainty is None
+
+
+def test_constant_norms_are_not_clipped():
+    for norm in (3.0, 0.1, 1e-20):
+        suggestion = suggest_threshold(np.full(500, norm))
+        assert suggestion.clip_rate == 0
+        assert norm < suggestion.threshold < 1.05 * norm
+        assert suggestion.drift == 1
+
+
+def test_what_is_not_finite_or_0_is_left_out_and_counted():
+    norms = noisy()
+    holes = np.insert(norms, [200, 300, 301, 900], [np.nan, np.inf, 0, np.nan])
+    plain, suggestion = suggest_threshold(norms), suggest_threshold(holes)
+    assert suggestion.threshold == pytest.approx(plain.threshold, rel=0.02)
+    assert suggestion.notes == (
+        "3 of 1,004 norms not finite, and left out",
+        "1 of 1,004 norms 0, and left out",
+    )
+    assert suggestion.fared.clip_rate == np.mean(
+        holes[np.isfinite(holes)] > suggestion.fared.threshold
+    )
+
+
+def test_a_run_that_diverged():
+    norms = np.full(200, np.nan)
+    norms[:12] = np.geomspace(1, 1e15, 12)
+    suggestion = suggest_threshold(norms)
+    assert suggestion.threshold is None
+    assert suggestion.method == "optclip.safeguard(optimizer)"
+    assert "no finite norm from step 13 of 200 on" in suggestion.reason
+    # Where the level is known in spite of it, the threshold is too.
+    late = np.concatenate([noisy(150), np.full(50, np.nan)])
+    assert suggest_threshold(late).threshold is not None
+    # Gaps as anywhere else are no divergence.
+    sparse = np.full(200, np.nan)
+    sparse[::12] = 1.0
+    assert suggest_threshold(sparse).threshold is not None
+
+
+@pytest.mark.parametrize(
+    ("norms", "said"),
+    [
+        ([0.0] * 9, "none of the 9 norms of the norms is above 0"),
+        ([np.nan, np.inf], "none of the 2 norms of the norms is finite"),
+        ([], "there are no norms"),
+        ([[1.0, 2.0]], "must be of shape (steps,)"),
+    ],
+)
+def test_what_there_is_no_answer_to_is_said_in_one_line(norms, said):
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        suggest_threshold(np.array(norms))
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_every_source_of_the_same_norms(tmp_path):
+    norms = noisy(100)
+    rows = [{"step": i, "clip/norm": norm} for i, norm in enumerate(norms.tolist())]
+    file = tmp_path / "steps.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    sources = (norms, norms.tolist(), jnp.asarray(norms), rows, {"clip/norm": norms}, file)
+    answers = [suggest_threshold(source).threshold for source in (*sources, str(file), read(file))]
+    assert answers == pytest.approx([answers[0]] * len(answers), rel=1e-6)
+    named = suggest_threshold({"g": norms, "norm": norms * 2}, norm_key="g")
+    assert named.threshold == answers[0]
+
+
+def test_a_run_that_was_clipped_is_noted():
+    norms = noisy(200)
+    columns = {"clip/norm": norms, "clip/factor": np.minimum(1, 1 / norms)}
+    assert "of the steps were clipped" in suggest_threshold(columns).notes[-1]
+    columns["clip/factor"] = np.minimum(1, 10 / norms)
+    assert suggest_threshold(columns).notes == ()
+
+
+# Histograms --------------------------------------------------------------------------------------
+
+
+def test_a_histogram_gives_the_tail_and_says_that_it_knows_no_drift():
+    norms = spiky(20_000)
+    whole = suggest_threshold(histogram_of(norms))
+    level, upper = np.quantile(norms, [0.5, 0.75])
+    expected = level * math.exp(2 * math.log(upper / level) / 0.6745)
+    assert whole.threshold == pytest.approx(expected, rel=0.1)  # bins are 4% wide
+    assert whole.clip_rate == pytest.approx(np.mean(norms > whole.threshold), abs=0.01)
+    assert whole.drift is None
+    assert whole.spikes == 500
+    assert whole.fared.quarters == ()
+    assert whole.fared.worst_after < 2 < 50 < whole.fared.worst_before
+    assert "histogram cannot tell" in whole.uncertainty
+
+
+def test_states_with_a_histogram():
+    optimizer = optax.chain(optclip.measure_norms(histogram=True), optax.adam(1e-3))
+    state = optimizer.init(jnp.zeros(2))
+    update = jax.jit(optimizer.update)
+    for norm in (1.0, 1.1, 0.9, np.nan):
+        _, state = update(jnp.array([norm, 0.0]), state)
+    first: optclip.ClipState = state[0]
+    answers = [suggest_threshold(source) for source in (state, first, first.memory, {"a": state})]
+    assert len({answer.threshold for answer in answers}) == 1
+    assert 1.1 < answers[0].threshold < 2
+    assert answers[0].notes == ("not finite, and left out: 1 of the gradients",)
+    assert answers[2].notes == ()  # the histogram alone does not know
+
+
+def test_states_without_norms_are_refused_in_one_line():
+    state = optclip.robust_clip().init(jnp.zeros(2))
+    empty = optclip.measure_norms(histogram=True).init(jnp.zeros(2))
+    twice = histograms.NormHistogram(np.ones((2, histograms.BINS)))
+    for source, said in (
+        (state, "optclip.measure_norms(histogram=True)"),
+        (empty, "the histogram is empty"),
+        (twice, "optclip.histograms.merged"),
+    ):
+        with pytest.raises(ValueError, match=r"^[^\n]+$") as raised:
+            suggest_threshold(source)
+        assert said in str(raised.value)
+
+
+# What a person reads -----------------------------------------------------------------------------
+
+SOURCES = {
+    "noisy": noisy(),
+    "spiky": spiky(),
+    "drifting": drifting(10),
+    "short": noisy(3),
+    "holes": np.array([1.0, np.nan, 0.0, 2.0]),
+    "histogram": histogram_of(noisy()),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+def test_it_reads_as_a_paragraph_and_writes_as_json(source):
+    suggestion = suggest_threshold(source)
+    text = str(suggestion)
+    assert text.startswith(f"Use {suggestion.method}. {suggestion.reason}")
+    assert text.endswith(".")
+    assert not {"nan", "inf", "None"} & set(text.replace(",", " ").split())
+    assert len(text) < 700
+    written = json.loads(json.dumps(suggestion.to_dict(), allow_nan=False))
+    assert written["threshold"] == suggestion.threshold
+    assert written["fared"]["clip_rate"] == suggestion.fared.clip_rate
+
+
+def test_long_records_take_little_time_and_memory():
+    norms = np.tile(noisy(1000), 300)
+    assert suggest_threshold(norms).threshold == pytest.approx(
+        suggest_threshold(noisy(1000)).threshold, rel=0.05
+    )
