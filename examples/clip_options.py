@@ -36,6 +36,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Raises a `UsageError`."""
+        if message.startswith("unrecognized"):
+            message += "; --help lists what there is"
         raise UsageError(message)  # one line instead of argparse's usage text
 
 
@@ -157,7 +159,7 @@ def _name_and_value(text: str) -> tuple[str, Any]:
 # Devices -----------------------------------------------------------------------------------------
 
 
-def first_devices(count: int, processes: int = 1) -> list[jax.Device]:
+def first_devices(count: int, processes: int = 1) -> list[Any]:
     """The first devices, made up of CPU threads where there is no accelerator.
 
     Args:

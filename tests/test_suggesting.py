@@ -207,8 +207,8 @@ def test_a_run_that_diverged():
 @pytest.mark.parametrize(
     ("norms", "said"),
     [
-        ([0.0] * 9, "none of the 9 norms of the norms is above 0"),
-        ([np.nan, np.inf], "none of the 2 norms of the norms is finite"),
+        ([0.0] * 9, "the norms: none of 9 norms is above 0"),
+        ([np.nan, np.inf], "the norms: none of 2 norms is finite"),
         ([], "there are no norms"),
         ([[1.0, 2.0]], "must be of shape (steps,)"),
     ],
@@ -238,6 +238,13 @@ def test_a_run_that_was_clipped_is_noted():
     assert "of the steps were clipped" in suggest_threshold(columns).notes[-1]
     columns["clip/factor"] = np.minimum(1, 10 / norms)
     assert suggest_threshold(columns).notes == ()
+
+
+def test_a_run_that_learned_nothing_is_noted():
+    norms = noisy(200)
+    falling, flat = np.linspace(2, 1, 200), np.full(200, 2.3)
+    assert suggest_threshold({"norm": norms, "loss": falling}).notes == ()
+    assert "the loss did not fall" in suggest_threshold({"norm": norms, "loss": flat}).notes[0]
 
 
 # Histograms --------------------------------------------------------------------------------------
