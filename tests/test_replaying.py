@@ -239,3 +239,20 @@ def test_extras_that_are_missing_are_named(everything, package, monkeypatch, tmp
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r'pip install "optclip\[tuning\]"'):
         everything.table() if package == "rich" else everything.draw(tmp_path / "x.png")
+
+
+def test_a_histogram_has_no_order_to_replay():
+    state = optclip.measure_norms(histogram=True).init(jnp.zeros(1))
+    _, state = optclip.measure_norms(histogram=True).update(jnp.ones(1), state)
+    with pytest.raises(ValueError, match="does not know the order"):
+        replay(state)
+
+
+def test_a_rule_that_always_clips_is_not_late_after_a_spike():
+    norms = noisy()
+    norms[200] = 50
+    low, high = replay(
+        norms, {"low": optclip.clip_by_global_norm(0.3), "high": optclip.zclip()}
+    ).rows
+    assert low.steps_after_spike is None
+    assert high.steps_after_spike == 0

@@ -3,26 +3,24 @@
 import math
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from optclip.tuning.findings import SPIKE_TIMES
+from optclip.tuning.replay_rows import Replayed, Row
 from optclip.tuning.wording import percent, steps_taken, times
-
-if TYPE_CHECKING:
-    from optclip.tuning.replaying import Replay, Row
 
 # From Okabe and Ito's palette, which the colour-blind can tell apart.
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#999999", "#222222"
-WIDTH, PANEL, HEAD, FOOT = 8.0, 1.75, 1.45, 0.5
-"""Inches: of the picture, of the height of a row of panels, above and below them."""
+WIDTH, PANEL, FOOT = 8.0, 1.75, 0.5
+"""Inches: of the picture, of the height of a row of panels, and below them."""
 DOTS = 120
 MODEST = 0.2
 """A rule that clips no more than this share of the steps may be called the one that does best."""
 
 
-def draw(replay: "Replay", path: Path) -> Path:
+def draw(replay: Replayed, path: Path) -> Path:
     """Draws the picture.
 
     Args:
@@ -41,10 +39,12 @@ def draw(replay: "Replay", path: Path) -> Path:
         raise ValueError("there is no method to draw; replay one that is in optclip.tuning's list")
     columns = min(2, len(replay.rows))
     lines = math.ceil(len(replay.rows) / columns)
-    height = lines * PANEL + HEAD + FOOT
+    title, note = textwrap.fill(finding(replay), 78), textwrap.fill(_note(replay), 118)
+    head = 0.9 + 0.2 * len(title.splitlines()) + 0.15 * len(note.splitlines())
+    height = lines * PANEL + head + FOOT
     figure = Figure(figsize=(WIDTH, height), dpi=DOTS)
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-    figure.subplots_adjust(0.085, FOOT / height, 0.985, 1 - HEAD / height, 0.06, 0.5)
+    figure.subplots_adjust(0.105, FOOT / height, 0.97, 1 - head / height, 0.07, 0.5)
     for place, axes in enumerate(grid.flat):
         axes.set_visible(place < len(replay.rows))
         if place < len(replay.rows):
@@ -53,30 +53,48 @@ def draw(replay: "Replay", path: Path) -> Path:
             axes.tick_params(labelbottom=True)
             axes.set_xlabel("step", size=9, labelpad=2)
     for axes in grid[:, 0]:
-        axes.set_ylabel("gradient norm", size=9)
-    _head(figure, replay, height)
+        axes.set_ylabel("gradient norm\n(log axis)", size=9)
+    _head(figure, title, note, height)
     figure.savefig(path)
     return path
 
 
-def finding(replay: "Replay") -> str:
+def finding(replay: Replayed) -> str:
     """What there is to see, in one sentence."""
-    modest = [row for row in replay.rows if row.clipped <= MODEST]
-    low, high = (f([row.clipped for row in replay.rows]) for f in (min, max))
-    among = f"of {len(replay.rows)} rules"
-    if not replay.spikes or not modest:
-        return f"The rules would have clipped from {percent(low)} to {percent(high)} of the steps"
-    holding = sum(row.spikes_through == 0 for row in replay.rows)
-    best = min(modest, key=lambda row: row.worst_spike)
+    rows, count = replay.rows, len(replay.rows)
+    shares = [row.clipped for row in rows]
+    what = f"The {count} rules would have clipped from {percent(min(shares))} to "
+    if count == 1:
+        what = f"{rows[0].method} would have clipped "
+    if not replay.spikes:
+        return f"No spikes; {what[:1].lower()}{what[1:]}{percent(max(shares))} of the steps"
     spikes = "the spike" if replay.spikes == 1 else f"all {replay.spikes} spikes"
+    modest = [row for row in rows if row.clipped <= MODEST and not row.spikes_through]
+    if not modest:
+        return f"{what}{percent(max(shares))} of the steps"
+    best = min(modest, key=lambda row: row.worst_spike)
+    holds = f"{best.method} holds {spikes} to {times(best.worst_spike)} the usual norm or less and"
+    clips = f"clips {percent(best.clipped)} of the steps"
+    if count == 1:
+        return f"{holds} {clips}"
+    holding = sum(not row.spikes_through for row in rows)
     return (
-        f"{holding} {among} hold {spikes} below {SPIKE_TIMES:g} times the usual norm; "
-        f"{best.method} to {times(best.worst_spike)}, with {percent(best.clipped)} of the steps "
-        "clipped"
+        f"{holding} of {count} rules hold {spikes} below {SPIKE_TIMES:g} times the usual norm; "
+        f"{best.method} to {times(best.worst_spike)}, and {clips}"
     )
 
 
-def _panel(axes: Any, replay: "Replay", row: "Row") -> None:
+def _note(replay: Replayed) -> str:
+    note = (
+        f"{len(replay.record.norms):,} steps of {replay.record.source}. Open loop: the norms are "
+        "the recorded ones; had a rule clipped, later ones would differ."
+    )
+    return textwrap.shorten(note, 220, placeholder=" ...")
+
+
+def _panel(axes: Any, replay: Replayed, row: Row) -> None:
+    from matplotlib import ticker
+
     record = replay.record
     norms = np.where(record.norms > 0, record.norms, np.nan)
     axes.plot(record.steps, norms, color=GREY, lw=0.7, label="recorded norm")
@@ -86,13 +104,21 @@ def _panel(axes: Any, replay: "Replay", row: "Row") -> None:
     bottom, top = _limits(norms)
     if not (np.isfinite(shown) & (shown < top) & (shown > bottom)).any():
         where = "above" if not (shown < bottom).any() else "below"
-        axes.text(0.5, 0.85, f"threshold {where} the picture", **_note(axes))
+        axes.text(
+            *(0.5, 0.85, f"threshold {where} the picture"),
+            transform=axes.transAxes,
+            ha="center",
+            size=8.5,
+            color=BLUE,
+        )
     axes.set_yscale("log")
     axes.set_ylim(bottom, top)
     axes.margins(x=0.01)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8.5)
     axes.minorticks_off()
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
     axes.set_title(row.method, loc="left", size=9.5, weight="bold", pad=17, color=INK)
     axes.annotate(
         _figures(replay, row),
@@ -105,17 +131,15 @@ def _panel(axes: Any, replay: "Replay", row: "Row") -> None:
     )
 
 
-def _note(axes: Any) -> dict[str, Any]:
-    return {"transform": axes.transAxes, "ha": "center", "size": 8.5, "color": BLUE}
-
-
-def _figures(replay: "Replay", row: "Row") -> str:
+def _figures(replay: Replayed, row: Row) -> str:
     said = [f"clips {percent(row.clipped)}"]
     if replay.spikes:
         said.append(f"worst spike {times(row.worst_spike)}")
     if row.steps_after_rise is not None:
         wait = steps_taken(row.steps_after_rise)
         said.append("no rise followed" if wait == "never" else f"follows the rise in {wait} steps")
+    if row.by_leaf:
+        said.append("line: norm let through")
     return ", ".join(said)
 
 
@@ -127,17 +151,12 @@ def _limits(norms: np.ndarray) -> tuple[float, float]:
     return low / 2.5, max(float(known.max()), low) * 2
 
 
-def _head(figure: Any, replay: "Replay", height: float) -> None:
-    title = textwrap.fill(finding(replay), 78)
+def _head(figure: Any, title: str, note: str, height: float) -> None:
     figure.text(0.012, 1 - 0.08 / height, title, size=12, weight="bold", va="top", color=INK)
     below = 0.13 + 0.2 * len(title.splitlines())
-    note = (
-        f"{len(replay.record.norms):,} steps of {replay.record.source}. Open loop: the norms are "
-        "the recorded ones; had a rule clipped, later ones would differ."
-    )
-    shown = textwrap.fill(textwrap.shorten(note, 220, placeholder=" ..."), 118)
-    figure.text(0.012, 1 - below / height, shown, size=8.5, color="0.3", va="top", parse_math=False)
-    below += 0.08 + 0.15 * len(shown.splitlines())
+    plain = {"color": "0.3", "va": "top", "parse_math": False}
+    figure.text(0.012, 1 - below / height, note, size=8.5, **plain)
+    below += 0.08 + 0.15 * len(note.splitlines())
     figure.legend(
         handles=figure.axes[0].lines[:2],
         loc="upper left",

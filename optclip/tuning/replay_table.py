@@ -1,15 +1,13 @@
 """The figures of a `Replay` as a table to print."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from optclip.tuning.replay_rows import OPEN_LOOP, Replayed
 from optclip.tuning.wording import number, percent, steps_taken, times
 
-if TYPE_CHECKING:
-    from optclip.tuning.replaying import Replay
 
-
-def table(replay: "Replay") -> Any:
+def table(replay: Replayed) -> Any:
     """The figures as a `rich.table.Table`.
 
     Raises:
@@ -46,7 +44,7 @@ def table(replay: "Replay") -> Any:
     return result
 
 
-def _title(replay: "Replay") -> str:
+def _title(replay: Replayed) -> str:
     norms = len(replay.record.norms)
     said = f"{norms:,} steps of {replay.record.source}: {replay.spikes} spikes"
     if replay.spikes:
@@ -56,9 +54,7 @@ def _title(replay: "Replay") -> str:
     return said
 
 
-def _caption(replay: "Replay") -> str:
-    from optclip.tuning.replaying import OPEN_LOOP
-
+def _caption(replay: Replayed) -> str:
     said = (
         f"{OPEN_LOOP} worst spike, spikes through: after the clip, in multiples of the usual norm, "
         "and at 5 times or more. after: for how many steps more than 10% is taken off most."

@@ -92,6 +92,13 @@ def suggest_threshold(source: Any, *, norm_key: str | None = None) -> Suggestion
     follows the level. Of a run that diverged before its level could be told it is
     `optclip.safeguard(optimizer)`, which also bounds the step.
 
+    Measured (`python -m benchmarks.suggested_thresholds`, momentum, five learning rates): at its
+    best learning rate the suggestion reaches the loss of the best of 85 pairs of learning rate and
+    threshold, within the noise of eight fresh seeds (held-out loss of a byte transformer 2.598
+    against 2.591, of a convolutional network on digits 0.253 against 0.288). Known weakness: at
+    learning rates that are too large the norms are those of a run that goes wrong, and so is the
+    threshold (digits at 30 times the best: 1.3 against 0.33 for the best threshold there).
+
     Args:
         source: A recorded run: the path of a file with one JSON object in each line, rows (a list
             of dicts) or columns (a dict of arrays) with the names of `optclip.metrics`, the norms

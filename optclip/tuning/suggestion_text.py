@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from optclip.tuning.findings import LOSS_KEYS
 from optclip.tuning.records import Record
 from optclip.tuning.statistics import Course
 from optclip.tuning.wording import number, percent
@@ -111,14 +112,26 @@ def notes(record: Record) -> list[str]:
             f"{percent(clipped)} of the steps were clipped; without that the norms would have been "
             "others"
         )
+    if _learned_nothing(record):
+        said.append(
+            "the loss did not fall over the run, so its norms are those of a run that goes wrong; "
+            "record one with a smaller learning rate"
+        )
     return said
+
+
+def _learned_nothing(record: Record) -> bool:
+    """Whether the loss of the last tenth is no lower than that of the first."""
+    loss = next((record.columns[key] for key in LOSS_KEYS if key in record.columns), np.zeros(0))
+    known = loss[np.isfinite(loss)]
+    tenth = len(known) // 10
+    return tenth >= 3 and bool(np.median(known[-tenth:]) >= np.median(known[:tenth]))
 
 
 def nothing(norms: np.ndarray, source: str) -> str:
     """Why there is no answer."""
-    zeros = bool(np.isfinite(norms).any())
-    what = "is above 0" if zeros else "is finite"
+    what = "above 0" if np.isfinite(norms).any() else "finite"
     return (
-        f"none of the {len(norms):,} norms of {source} {what}, so there is nothing to choose a "
+        f"{source}: none of {len(norms):,} norms is {what}, so there is nothing to choose a "
         "threshold from; record a run with gradients that are finite and not 0"
     )

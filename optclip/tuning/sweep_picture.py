@@ -80,7 +80,7 @@ def draw(sweep: "Sweep", path: str | os.PathLike[str] | None, subtitle: str) -> 
     axes.legend(
         frameon=False,
         fontsize=9,
-        ncols=3,
+        ncols=3 if len(axes.get_legend_handles_labels()[1]) > 4 else 4,
         loc="lower left",
         bbox_to_anchor=(0, 1),
         borderaxespad=0,
