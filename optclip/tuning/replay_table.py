@@ -24,11 +24,13 @@ def table(replay: Replayed) -> Any:
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
+        padding=0,
+        pad_edge=False,
     )
-    result.add_column("method", no_wrap=True)
-    headings = ("clipped", "last\nquarter", "worst\nspike →", "spikes\nthrough")
-    for heading in (*headings, "after\nrise", "after\nspike", "threshold\nat the end"):
+    result.add_column("method", overflow="fold")
+    # Together no wider than a terminal of 80 letters.
+    headings = ("clipped", "last\nquarter", "worst\nspike", "spikes\nthrough")
+    for heading in (*headings, "after\nrise", "after\nspike", "final\nthreshold"):
         result.add_column(heading, justify="right", no_wrap=True)
     for row in replay.rows:
         result.add_row(
@@ -60,5 +62,5 @@ def _caption(replay: Replayed) -> str:
         "and at 5 times or more. after: for how many steps more than 10% is taken off most."
     )
     if replay.not_replayed:
-        said += f" Not replayed: {', '.join(replay.not_replayed)}; see not_replayed for why."
+        said += f" Not replayed: {', '.join(replay.not_replayed)}; `not_replayed` (--json) says why."
     return said
