@@ -1,11 +1,19 @@
-"""Eight CPU devices, and strictness around optclip's own code; warnings are errors."""
+"""Eight CPU devices, strictness around optclip's own code, and examples as modules.
 
+Warnings are errors.
+"""
+
+import importlib
 import os
+import sys
+import warnings
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -26,3 +34,39 @@ def x64():
     """64-bit types, for the tests of float64 leaves."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """Most runs of an example compile the same programs, which takes longest.
+
+    The environment that shares them with other processes. They are the same only where there are
+    equally many devices: eight, as here.
+    """
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    paths = filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
+    shared = {name.upper(): str(value) for name, value in settings.items()}
+    shared |= {"PYTHONPATH": os.pathsep.join(paths), "JAX_NUM_CPU_DEVICES": "8"}
+    yield os.environ | shared
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def example(request, compiled_once):
+    """The test module's SCRIPT as a module: without a process for every call."""
+    script = request.module.SCRIPT
+    jax.devices()  # before --devices asks for another number of them
+    sys.path.insert(0, str(script.parent))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = importlib.import_module(script.stem)
+    yield module
+    sys.path.remove(str(script.parent))

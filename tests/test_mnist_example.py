@@ -7,14 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import jax
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import optclip
 
@@ -37,40 +35,6 @@ REQUIRED = {  # for the arguments of clips that have no default
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     return str(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """Most runs compile the same programs, which takes longest; the environment that shares them.
-
-    They are the same only where there are equally many devices: eight, as in conftest.py.
-    """
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-    shared = {name.upper(): str(value) for name, value in settings.items()}
-    shared |= {"PYTHONPATH": os.pathsep.join(paths), "JAX_NUM_CPU_DEVICES": "8"}
-    yield os.environ | shared
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def example(compiled_once):
-    """The script as a module: without a process for every call."""
-    jax.devices()  # before --devices asks for another number of them
-    sys.path.insert(0, str(SCRIPT.parent))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import mnist
-    yield mnist
-    sys.path.remove(str(SCRIPT.parent))
 
 
 @pytest.fixture

@@ -3,15 +3,12 @@
 import contextlib
 import io
 import json
-import sys
-import warnings
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 # The libraries that only the example needs may warn as they like.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -22,34 +19,6 @@ SMALL = ["--layers=1", "--width=16", "--heads=2", "--context=32", "--batch-size=
 GUARDED = ("--clip", "safeguard")
 SIXTY = ("--steps", 60)
 MESH = ("--mesh", "fsdp=4,tensor=2")
-
-
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """Several runs compile the same programs, which takes longest."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def example(compiled_once):
-    """The script as a module: without a process for every call."""
-    jax.devices()  # before --devices asks for another number of them
-    sys.path.insert(0, str(SCRIPT.parent))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import fsdp_transformer
-    yield fsdp_transformer
-    sys.path.remove(str(SCRIPT.parent))
 
 
 @pytest.fixture
