@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from clip_options import Parser, UsageError, at_least_one, positive_number
+from clip_options import Parser, UsageError, at_least_one, exit_code, positive_number
 from mnist import LinenNetwork, cross_entropy
 from rich.console import Console
 
@@ -140,9 +140,12 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> int:
     """The whole path, with a table or a sentence for each step, and JSON at the end."""
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {options.out}: {error.strerror}; name another folder") from None
     console, log = Console(), options.out / "measured.jsonl"
     data = digits_data.load("digits")
     setup = f"digits, {options.optimizer}, learning rate {options.lr:g}, {options.steps} steps"
@@ -180,19 +183,12 @@ def run(options: argparse.Namespace) -> None:
     print(f"log and pictures: {options.out}")
     told = {"suggested": suggestion.method, "loss": float(loss), "sweep": found.to_dict()}
     print(json.dumps(told))
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; bad input is one line on stderr and exit code 2."""
-    try:
-        run(parse_options(arguments))
-    except (UsageError, OSError) as error:
-        print(f"choose_threshold.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
-    return 0
+    """Runs the command line; the answer is the exit code."""
+    return exit_code("choose_threshold.py", lambda: run(parse_options(arguments)))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ import contextlib
 import difflib
 import inspect
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import absl.logging
 import jax
 import optax
 
@@ -208,3 +210,19 @@ def positive_number(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"give a number above 0, not {text!r}")
     return value
+
+
+# The end -----------------------------------------------------------------------------------------
+
+
+def exit_code(script: str, run: Callable[[], int]) -> int:
+    """Runs a script; bad input is one line on stderr and exit code 2."""
+    absl.logging.set_verbosity(absl.logging.ERROR)  # what tfds and orbax have to say of themselves
+    try:
+        return run()
+    except UsageError as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted before training began.", file=sys.stderr)
+        return 130

@@ -22,13 +22,12 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # what JAX's processes say to one another
 
-import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import run_report
-from clip_options import UsageError, explained, with_clip
+from clip_options import UsageError, exit_code, explained, with_clip
 from flax import nnx
 from fsdp_options import Options, make_mesh, parse_options
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -318,16 +317,8 @@ def run(options: Options) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; bad input is one line on stderr and exit code 2."""
-    absl.logging.set_verbosity(absl.logging.ERROR)  # what orbax has to say of itself
-    try:
-        return run(parse_options(arguments))
-    except UsageError as error:
-        print(f"fsdp_transformer.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted before training began.", file=sys.stderr)
-        return 130
+    """Runs the command line; the answer is the exit code."""
+    return exit_code("fsdp_transformer.py", lambda: run(parse_options(arguments)))
 
 
 if __name__ == "__main__":

@@ -21,14 +21,13 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow, where it is installed
 
-import absl.logging
 import digits_data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import run_report
-from clip_options import UsageError, explained, with_clip
+from clip_options import UsageError, exit_code, explained, with_clip
 from flax import linen, nnx
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -341,16 +340,8 @@ def run(options: Options) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; bad input is one line on stderr and exit code 2."""
-    absl.logging.set_verbosity(absl.logging.ERROR)  # what tfds and orbax have to say of themselves
-    try:
-        return run(parse_options(arguments))
-    except UsageError as error:
-        print(f"mnist.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted before training began.", file=sys.stderr)
-        return 130
+    """Runs the command line; the answer is the exit code."""
+    return exit_code("mnist.py", lambda: run(parse_options(arguments)))
 
 
 if __name__ == "__main__":
