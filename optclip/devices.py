@@ -60,6 +60,17 @@ def axis_size(names: tuple[str, ...]) -> int:
     return math.prod(lax.axis_size(name) for name in names)
 
 
+def as_varying(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """The same value, to JAX one that varies along all the axes.
+
+    Sums over several axes refuse what varies along some of them only: a statistic of leaves that
+    are split over "tensor", where "fsdp" is named as well.
+    """
+    varying = jax.typeof(x).manual_axis_type.varying
+    missing = tuple(name for name in names if name not in varying and _tracked(name))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
 def split_of(path: str, leaf: jax.Array, axis_name: Any, sharded: Any) -> Split:
     """How `leaf` lies on the axes of `axis_name`.
 
@@ -87,6 +98,11 @@ def split_of(path: str, leaf: jax.Array, axis_name: Any, sharded: Any) -> Split:
         return WHOLE
     if not names:
         return WHOLE
+    if not are_bound(names):
+        raise ValueError(
+            f"axis_name={axis_name!r}: there is no such mesh axis here. It is for shard_map and "
+            "pmap, with the names of their axes; under plain jit arrays are whole: leave it out"
+        )
     if sharded is not ...:
         split = _said(path, sharded, names)
     elif all(_tracked(name) for name in names):

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from optclip import norms, planning
+from optclip import devices, norms, planning
 from optclip.norms import Magnitude, Norm
 from optclip.planning import Member, Plan
 
@@ -95,6 +95,7 @@ def _statistics(
     ]
     if not plan.axis_names:
         return own
+    own = [devices.as_varying(statistic, plan.axis_names) for statistic in own]
     if len(own) == 1:
         return [norm.across(own[0], plan.axis_names)]
     return list(norm.across(jnp.stack(own), plan.axis_names))
@@ -162,5 +163,5 @@ def share_above(plan: Plan, updates: Any, threshold: jax.Array) -> jax.Array:
     ]
     total = jnp.sum(jnp.stack(counts)) if counts else jnp.zeros([], plan.dtype)
     if plan.axis_names:
-        total = lax.psum(total, plan.axis_names)
+        total = lax.psum(devices.as_varying(total, plan.axis_names), plan.axis_names)
     return total / np.maximum(plan.sizes, 1).astype(plan.dtype)

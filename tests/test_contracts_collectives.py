@@ -89,6 +89,19 @@ def test_where_jax_does_not_track_sharded_is_asked_for(method, strict):
 
 
 @each_method
+def test_an_axis_that_is_none_here_is_refused(method, strict):
+    transform, state = method.build(axis_name=("data", "tensr")), method.build().init(ones())
+
+    def outside(updates, params):
+        return transform.update(updates, state, params)[0]
+
+    refused(
+        outside, "axis_name=('data', 'tensr')", "no such mesh axis", "plain jit", "leave it out"
+    )
+    refused(mapped(method, axis_name=("data", "tensr")), "no such mesh axis", "names of their axes")
+
+
+@each_method
 @pytest.mark.parametrize("sharded", [SPECS, lambda path: SPECS[path], NAMES.get])
 def test_an_answer_with_an_axis_that_axis_name_lacks_is_refused(method, sharded, strict):
     update = mapped(method, check_vma=False, axis_name="data", sharded=sharded)

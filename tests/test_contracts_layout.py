@@ -122,15 +122,18 @@ class Manual(NamedTuple):
         axis_name: What the clip is told.
         check_vma: Whether JAX tracks which values vary over which axes.
         say: From the leaves' PartitionSpecs to `sharded=`; None says nothing.
+        over: The axes that leaves are split over; None for all that the clip is told.
     """
 
     axis_name: Any
     check_vma: bool
     say: Callable[[Any], Any] | None = None
+    over: Any = None
 
 
 def under_shard_map(method, manual):
-    specs = {name: projected(spec, manual.axis_name) for name, spec in SPECS.items()}
+    over = manual.over or manual.axis_name
+    specs = {name: projected(spec, over) for name, spec in SPECS.items()}
     said = manual.say and manual.say(specs)
     transform = detailed(method, axis_name=manual.axis_name, sharded=said)
     place = functools.partial(placed, mesh=mesh_of(), specs=specs)
@@ -229,6 +232,7 @@ MANUAL = {
     "tracked, data": Manual("data", True),
     "tracked, fsdp": Manual("fsdp", True),
     "tracked, fsdp and tensor": Manual(("fsdp", "tensor"), True),
+    "tracked, data and one that splits nothing": Manual(("data", "tensor"), True, over="data"),
     "tracked and said, all": Manual(("tensor", "data", "fsdp"), True, dict),
     "said, tensor": Manual("tensor", False, by_path),
     "said, data and fsdp": Manual(("data", "fsdp"), False, dict),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optclip import changing, limiters, measuring, norms, planning, scopes
+from optclip import changing, devices, limiters, measuring, norms, planning, scopes
 from optclip.clipping import NEEDS_STATE_MSG, Nonfinite, check_nonfinite
 from optclip.state import ClipState, Outcome, advanced, fresh, step_of
 from optclip.thresholds.checking import check_choice, check_decay, check_number, number_at
@@ -129,7 +129,8 @@ def spam_clip(
         smallest = jnp.min(jnp.stack(least), axis=0)
         share = sum(above, like)
         if plan.axis_names:
-            smallest, share = lax.pmin(smallest, plan.axis_names), lax.psum(share, plan.axis_names)
+            smallest = lax.pmin(smallest, plan.axis_names)
+            share = lax.psum(devices.as_varying(share, plan.axis_names), plan.axis_names)
         handed_on = 0 if nonfinite == "zero" else 1
         outcome = Outcome(
             finite=finite,
