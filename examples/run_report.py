@@ -11,6 +11,7 @@ from run_folder import Row, RunFolder, json_ready
 from optclip.tuning.findings import finding
 from optclip.tuning.plotting import plot_run
 from optclip.tuning.records import read
+from optclip.tuning.wording import percent
 
 NOT_FINITE = "not finite"
 
@@ -21,10 +22,10 @@ def column(rows: list[Row], name: str) -> np.ndarray:
     return np.array([np.nan if value is None else value for value in values], float)
 
 
-def mean_of_finite(values: np.ndarray) -> float | None:
-    """The mean of the finite values; None if there are none."""
+def median_of_finite(values: np.ndarray) -> float | None:
+    """The median of the finite values, which spikes do not move; None if there are none."""
     finite = values[np.isfinite(values)]
-    return float(finite.mean()) if finite.size else None
+    return float(np.median(finite)) if finite.size else None
 
 
 def summary(rows: list[Row]) -> Row:
@@ -34,7 +35,7 @@ def summary(rows: list[Row]) -> Row:
         "steps": rows[-1]["step"],
         "loss": json_ready(column(rows, "loss").mean()),
         "accuracy": json_ready(column(rows, "accuracy").mean()),
-        "norm": mean_of_finite(column(rows, "clip/norm")),
+        "norm": median_of_finite(column(rows, "clip/norm")),
         "clip_rate": rows[-1].get("clip/clip_rate"),
     }
 
@@ -49,13 +50,15 @@ def progress(summary: Row) -> str:
     if summary["norm"] is not None:
         parts.append(f"norm {summary['norm']:.3g}")
     if summary["clip_rate"] is not None:
-        parts.append(f"clipped {summary['clip_rate']:.0%}")
+        parts.append(f"clipped {percent(summary['clip_rate'])}")
     return ", ".join(parts)
 
 
 def show(value: float | None, format_: str, missing: str = "-") -> str:
     """A number for people."""
-    return missing if value is None else format(value, format_)
+    if value is None:
+        return missing
+    return format(value, ".3g" if abs(value) >= 1e5 else format_)
 
 
 def report(folder: RunFolder, epochs: list[Row], settings: Row) -> None:
@@ -93,8 +96,11 @@ def optimizer_shown(settings: Row) -> str:
 
 def print_table(epochs: list[Row]) -> None:
     """One row per epoch."""
-    table = Table(caption="clip rate: share of all steps so far", caption_justify="left")
-    for heading in ("epoch", "loss", "test loss", "test accuracy", "mean norm", "clip rate", "s"):
+    table = Table(
+        caption="usual norm: the median; clip rate: share of all steps so far",
+        caption_justify="left",
+    )
+    for heading in ("epoch", "loss", "test loss", "test accuracy", "usual norm", "clip rate", "s"):
         table.add_column(heading, justify="right")
     for epoch in epochs:
         table.add_row(
@@ -103,7 +109,7 @@ def print_table(epochs: list[Row]) -> None:
             show(epoch["test_loss"], ".3f", NOT_FINITE),
             show(epoch["test_accuracy"], ".3f"),
             show(epoch["norm"], ".3g"),
-            show(epoch["clip_rate"], ".0%"),
+            "-" if epoch["clip_rate"] is None else percent(epoch["clip_rate"]),
             show(epoch["seconds"], ".1f"),
         )
     Console().print(table)

@@ -35,7 +35,7 @@ class NormHistogram(NamedTuple):
     by_group: jax.Array | tuple[()] = ()
 
 
-def recorded(
+def recording(
     measured: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation with a `ClipState` whose memory becomes a `NormHistogram` of its norms."""
@@ -94,24 +94,42 @@ def merged(*histograms: NormHistogram) -> NormHistogram:
     return jax.tree.map(lambda *counts: sum(counts[1:], counts[0]), *histograms)
 
 
-def quantile(counts: Any, q: Any) -> np.ndarray:
+def quantile(histogram: Any, q: Any) -> np.ndarray:
     """The norm below which a share q of the counted norms lies, within 2%.
 
-    The largest norm that belongs to the smallest share of at least q, as
+    The smallest norm that a share of at least q does not exceed, as
     `numpy.quantile(..., method="inverted_cdf")`. 0 and infinity stand for norms out of the range of
     the bins (below 2^-64, from 2^64 on), NaN for an empty histogram.
 
     Args:
-        counts: Of a `NormHistogram`: shape (..., 2306).
+        histogram: A `NormHistogram`, of the whole gradient; or counts of shape (..., 2306), such as
+            its `by_group`.
         q: A share or an array of shares, in [0, 1].
 
     Returns:
         An array of the shape of q, after the leading dimensions of counts.
 
     Raises:
-        ValueError: If a share is out of range.
+        ValueError: If a share is out of range, or there are no counts.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, optclip
+        >>> from optclip import histograms
+        >>> optimizer = optax.chain(optclip.measure_norms(histogram=True), optax.sgd(0.1))
+        >>> state = optimizer.init(jnp.zeros(2))
+        >>> _, state = optimizer.update(jnp.array([3.0, 4.0]), state)
+        >>> bool(4.9 < histograms.quantile(state[0].memory, 0.5) < 5.1)
+        True
     """
-    counts, shares = np.asarray(counts, np.int64), np.asarray(q, np.float64)
+    counts = histogram.counts if isinstance(histogram, NormHistogram) else histogram
+    shares = np.asarray(q, np.float64)
+    if not hasattr(counts, "shape") or not counts.shape or counts.shape[-1] != BINS:
+        raise ValueError(
+            f"quantile(histogram=...) must be a NormHistogram or counts of shape (..., {BINS}), "
+            "the memory of measure_norms(histogram=True): opt_state[0].memory, in a chain that "
+            f"begins with it; got {type(histogram).__name__}"
+        )
+    counts = np.asarray(counts, np.int64)
     if not ((shares >= 0) & (shares <= 1)).all():
         raise ValueError(f"a quantile is a share in [0, 1], got {q!r}; pass 0.9 for the 90th")
     below = np.cumsum(counts, axis=-1)

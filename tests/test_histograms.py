@@ -98,10 +98,18 @@ def test_the_edges_of_the_bins_are_met_exactly(strict):
 
 def test_a_histogram_of_nothing_has_no_quantiles_and_a_share_is_a_share():
     empty = optclip.measure_norms(histogram=True).init(jnp.zeros(2)).memory
-    assert np.isnan(histograms.quantile(empty.counts, 0.5))
+    assert np.isnan(histograms.quantile(empty, 0.5))
     for wrong in (1.5, -0.1, np.nan, [0.5, 90]):
         with pytest.raises(ValueError, match=r"share in \[0, 1\].*pass 0.9"):
             histograms.quantile(empty.counts, wrong)
+
+
+def test_what_is_no_histogram_is_refused():
+    optimizer = optax.chain(optclip.measure_norms(histogram=True), optax.sgd(0.1))
+    state = optimizer.init(jnp.zeros(2))
+    for wrong in (state, state[0], [1, 2], jnp.zeros(3)):
+        with pytest.raises(ValueError, match=r"NormHistogram.*opt_state\[0\].memory"):
+            histograms.quantile(wrong, 0.5)
 
 
 def test_inside_a_chain_and_across_replicas(strict):

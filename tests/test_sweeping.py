@@ -171,6 +171,38 @@ def test_a_bar_shows_the_steps(capsys):
 
 
 @pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train_step": lambda s, c, b: (s, 0.0, 0.0)}, r"\(state, loss\).*3 things"),
+        ({"train_step": lambda s, c, b: jnp.zeros(2)}, r"\(state, loss\), or"),
+        ({"train_step": lambda s, c, b: (s, {"accuracy": c})}, r"without 'loss'.*accuracy"),
+        ({"train_step": lambda s, c, b: (s, jnp.ones(3))}, r"one number.*\(3,\).*mean"),
+        ({"train_step": None}, "train_step.*must be a function"),
+        ({"batches": [1, 2]}, "batches.*must be a function, got 2 things"),
+    ],
+)
+def test_functions_of_another_kind_are_refused(changes, said):
+    arguments = {"train_step": train_step, "init": init, "batches": batches} | changes
+    for vectorize in (True, False):
+        with pytest.raises(ValueError, match=said):
+            sweep(thresholds=[1.0], seeds=1, steps=2, vectorize=vectorize, **arguments)
+
+
+def test_one_threshold_may_be_a_number():
+    found = sweep(train_step, 1.0, 1, init=init, batches=batches, steps=2)
+    assert found.thresholds.tolist() == [1.0]
+
+
+def test_seeds_that_overlap_are_named():
+    apart, close = (
+        made([[3.0, 3.1], [1.0, 1.2], [4.0, 4.0], [1.3, 1.4]]),
+        made([[3.0, 3.1], [1.0, 1.2], [4.0, 4.0], [1.1, 1.5]]),
+    )
+    assert apart.finding() == "Lowest loss, 1.1, at threshold 1"
+    assert close.finding().endswith("; seeds overlap with those without clipping")
+
+
+@pytest.mark.parametrize(
     ("thresholds", "seeds", "steps", "said"),
     [
         ([], 3, 1, r"thresholds.*one or more.*\[\].*numpy.geomspace"),

@@ -357,8 +357,8 @@ def measure_norms(
         norm: How a group is measured; see `clip_by`. Default: the 2-norm.
         histogram: Whether the state's memory also counts the norms of all steps by size, as an
             `optclip.histograms.NormHistogram`: 9.2 kB, and as much again for every leaf (or group)
-            with `detail=True`. `optclip.tuning.suggest_threshold` reads a threshold from it,
-            `optclip.histograms.quantile` any quantile of the norms within 2%.
+            with `detail=True`. `optclip.tuning.suggest_threshold(opt_state)` reads a threshold
+            from it, `optclip.histograms.quantile` any quantile of the norms within 2%.
         axis_name: See `clip_by`.
         sharded: See `clip_by`.
         nonfinite: See `clip_by`. "zero" is the one way in which this changes an update.
@@ -385,4 +385,4 @@ def measure_norms(
         nonfinite=nonfinite,
         detail=detail,
     )
-    return histograms.recorded(measured) if histogram else measured
+    return histograms.recording(measured) if histogram else measured

@@ -87,8 +87,8 @@ def draw(sweep: "Sweep", path: str | os.PathLike[str] | None, subtitle: str) -> 
     )
     title = textwrap.fill(sweep.finding(), 74)
     figure.suptitle(title, x=0.012, ha="left", size=13, weight="bold")
-    shown = textwrap.shorten(subtitle, 118, placeholder=" ...") or " "
-    axes.set_title(shown, loc="left", size=9, color="0.3", pad=38)
+    shown = textwrap.shorten(subtitle, 118, placeholder=" ...")
+    axes.set_title(shown or " ", loc="left", size=9, color="0.3", pad=38 if shown else 26)
     if path is not None:
         figure.savefig(path)
     return figure
@@ -135,6 +135,7 @@ def _label(axes: Any, sweep: "Sweep", places: np.ndarray) -> None:
     if len(decades) < 2:
         decades = sorted({*finite[[0, -1]]}) if finite.size else []
     axes.xaxis.set_major_locator(FixedLocator([*decades, *odd]))
+    axes.xaxis.set_minor_locator(FixedLocator([]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: odd.get(x) or f"{x:g}"))
 
 

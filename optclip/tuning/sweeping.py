@@ -73,6 +73,9 @@ class Sweep(NamedTuple):
         if low < high:
             end = "no clipping" if np.isinf(high) else f"{high:.3g}"
             found += f"; within {FLAT:.0%} of it from {low:.3g} to {end}"
+        free, best = np.isinf(self.thresholds), self.losses[self.medians.argmin()]
+        if np.isfinite(high) and (self.losses[free].min(initial=np.inf) <= best.max()):
+            found += "; seeds overlap with those without clipping"
         lost = int(np.sum(~np.isfinite(self.medians)))
         return found + (f"; {lost} of {len(self.medians)} thresholds diverged" if lost else "")
 
@@ -150,8 +153,8 @@ def sweep(
             `optclip.metrics`, the clip rate is read.
         thresholds: Thresholds to try, in units of the gradient's norm; `numpy.inf` for no clipping.
         seeds: Seeds, or how many (0, 1, ...). Default: 3, the least that has a median.
-        init: seed -> state: parameters, the optimizer's state and so on. The seed is a traced
-            integer, as `jax.random.key` takes it.
+        init: seed -> state: parameters, the optimizer's state and so on. It is compiled here, so
+            the seed is a traced integer: for `jax.random.key`, not for numpy.
         batches: (seed, number of the step from 0 on) -> batch, arrays; the same for all thresholds.
         steps: How many steps each run takes.
         evaluate: state -> final loss. Default: the mean training loss of the last tenth.
@@ -185,6 +188,9 @@ def sweep(
         >>> found.losses.shape, found.best in (0.1, 1.0)
         ((2, 3), True)
     """
+    for name, function in {"train_step": train_step, "init": init, "batches": batches}.items():
+        if not callable(function):
+            raise ValueError(f"sweep({name}=...) must be a function, got {_kind(function)}")
     sizes, numbers = _sizes(thresholds), _numbers(seeds)
     if steps < 1:
         raise ValueError(f"sweep(steps=...) must be at least 1, got {steps!r}")
@@ -210,13 +216,17 @@ def sweep(
 
 
 def _sizes(thresholds: Iterable[float]) -> np.ndarray:
-    sizes = np.unique(np.asarray(list(thresholds), np.float64))
+    sizes = np.unique(np.asarray(thresholds if _is_number(thresholds) else list(thresholds), float))
     if not sizes.size or np.isnan(sizes).any() or (sizes < 0).any():
         raise ValueError(
             "sweep(thresholds=...) must be numbers of at least 0, one or more (numpy.inf for no "
             f"clipping), got {sizes.tolist()}; pass numpy.geomspace(0.01, 100, 13), for example"
         )
     return sizes
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) or getattr(x, "ndim", None) == 0
 
 
 def _numbers(seeds: Iterable[int] | int) -> tuple[int, ...]:
@@ -246,10 +256,31 @@ class _Given(NamedTuple):
 
     def step(self, state: State, threshold: jax.Array, batch: Batch) -> tuple[State, jax.Array]:
         """A step of one run; the state, and loss and clip rate."""
-        state, read = self.train_step(state, threshold, batch)
+        taken = self.train_step(state, threshold, batch)
+        if not isinstance(taken, tuple) or len(taken) != 2:
+            raise ValueError(
+                "sweep(train_step=...) must give (state, loss), or (state, dict with a loss), got "
+                f"{_kind(taken)}"
+            )
+        state, read = taken
         read = read if isinstance(read, dict) else {"loss": read}
-        found = jnp.asarray(read["loss"]), jnp.asarray(read.get("clip/clip_rate", jnp.nan))
-        return state, jnp.stack([x.astype(jnp.float32) for x in found])
+        if "loss" not in read:
+            raise ValueError(
+                f"sweep(train_step=...) gives a dict without 'loss' in it; it has {list(read)}"
+            )
+        loss, rate = read["loss"], read.get("clip/clip_rate", jnp.nan)
+        if jnp.shape(loss):
+            raise ValueError(
+                "sweep(train_step=...) must give one number as the loss, got an array of shape "
+                f"{jnp.shape(loss)}; take its mean"
+            )
+        return state, jnp.stack([jnp.asarray(x).astype(jnp.float32) for x in (loss, rate)])
+
+
+def _kind(x: Any) -> str:
+    if isinstance(x, tuple | list):
+        return f"{len(x)} things"
+    return f"a {type(x).__name__}"
 
 
 class _Way(NamedTuple):
