@@ -190,10 +190,13 @@ class RunFolder:
         now, then = self._settings, about["settings"]
         other = [name for name in now if now[name] != then.get(name)]
         if other:
-            was = ", ".join(f"{name} {then.get(name)!r}, not {now[name]!r}" for name in other)
+            was = "; ".join(
+                f"{_flag(name)} was {then.get(name) or 'nothing'}, not {now[name] or 'nothing'}"
+                for name in other
+            )
             raise UsageError(
-                f"--resume: the run in {self.path} has {was}; "
-                "repeat the options of that run, or choose another --out"
+                f"--resume: of the run in {self.path} {was}. Repeat its options, or choose another "
+                "--out"
             )
         if last > goal:
             raise UsageError(
@@ -201,6 +204,8 @@ class RunFolder:
                 f"give --{self._unit}s {last} or more"
             )
         self.note = f"Going on after {self._unit} {last} of {self.path}."
+        if last == goal:
+            self.note = f"{self.path} has all {last} {self._unit}s: nothing is left to do."
         return about["history"]
 
     def _restore(self, state: Any) -> Any:
@@ -262,3 +267,8 @@ class Interruption:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+
+
+def _flag(name: str) -> str:
+    """The option that a setting comes from."""
+    return f"--{name.replace('_', '-').replace('clip-args', 'clip-arg')}"

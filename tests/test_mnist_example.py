@@ -233,7 +233,7 @@ def test_a_folder_with_another_run(typed, run, tmp_path):
     for other in (("--api", "nnx"), ("--optimizer", "adam"), ("--clip", "none"), ("--seed", 1)):
         code, _, stderr = run(*plain, *other, "--resume")
         assert code == 2
-        assert f"has {other[0][2:]} " in stderr
+        assert f"{other[0]} was " in stderr
         assert len(stderr.splitlines()) == 1
 
     assert run(*plain, "--clip-arg", "max_norm=-1")[0] == 2

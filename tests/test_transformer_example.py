@@ -97,7 +97,7 @@ def test_a_mesh_trains_as_one_device_and_two_halves_as_one_run(guarded, undrawn,
     assert "give --steps 60 or more" in stderr
     code, _, stderr = run("--clip", "none", "--steps", 70, "--resume", "--out", in_two)
     assert code == 2
-    assert "has clip 'safeguard', not 'none'" in stderr
+    assert "--clip was safeguard, not none" in stderr
 
 
 def test_the_state_is_split_and_stays_so(example):
