@@ -15,6 +15,8 @@ from optclip.scopes import Scope
 from optclip.state import (
     ClipState,
     Detail,
+    GroupDetail,
+    LeafDetail,
     Outcome,
     advanced,
     fresh,
@@ -94,6 +96,9 @@ def clip_by(
     if scope.per_entry:
         norm = norms.linf  # Every norm of one entry is its modulus; the tree's is the largest.
 
+    by_leaf = scope.one_group or (scope.whole_leaves and scope.labels is None)
+    kind_of_detail = LeafDetail if by_leaf else GroupDetail
+
     def look(updates: Any, scope: Scope = scope) -> Plan:
         return planning.plan(scope, updates, axis_name, sharded)
 
@@ -104,10 +109,10 @@ def clip_by(
         """The norms of the groups; those of the leaves too where detail of one group is wanted."""
         if not (detail and scope.one_group):
             return [(found, None) for found in measuring.measure_together(plan, norm, *trees)]
-        by_leaf = look(trees[0], scopes.leaf)
+        leaves = look(trees[0], scopes.leaf)
         return [
-            (norms.pool(norm, of_leaves, by_leaf.sizes), of_leaves.saturated())
-            for of_leaves in measuring.measure_together(by_leaf, norm, *trees)
+            (norms.pool(norm, of_leaves, leaves.sizes), of_leaves.saturated())
+            for of_leaves in measuring.measure_together(leaves, norm, *trees)
         ]
 
     def init(params: Any) -> ClipState:
@@ -118,7 +123,7 @@ def clip_by(
         groups: Detail | tuple[()] = ()
         if detail:
             shape = shape_of(params, scopes.leaf if scope.one_group else scope)
-            groups = Detail(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+            groups = kind_of_detail(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
         return fresh(params, memory, groups)
 
     def update(
@@ -173,7 +178,9 @@ def clip_by(
             factor=jnp.min(factor.product(), initial=1),
             share=share,
         )
-        groups = _detail(group_norms, clipped_norms, leaf_norms) if detail else ()
+        groups: Detail | tuple[()] = ()
+        if detail:
+            groups = kind_of_detail(*_details(group_norms, clipped_norms, leaf_norms))
         return updates, advanced(state, outcome, memory, groups)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -247,13 +254,13 @@ def _together(norm: Norm, plan: Plan, groups: Magnitude) -> jax.Array:
     return together.saturated()
 
 
-def _detail(
+def _details(
     group_norms: jax.Array, clipped_norms: jax.Array, leaf_norms: jax.Array | None
-) -> Detail:
+) -> tuple[jax.Array, jax.Array]:
     if leaf_norms is None:
-        return Detail(group_norms, clipped_norms)
+        return group_norms, clipped_norms
     # One group: every leaf shrinks as the whole does.
     shrink = jnp.where(
         group_norms > 0, clipped_norms / jnp.where(group_norms > 0, group_norms, 1), 1
     )
-    return Detail(leaf_norms, leaf_norms * shrink)
+    return leaf_norms, leaf_norms * shrink

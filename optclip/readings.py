@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from optclip.planning import is_floating
 from optclip.scopes import is_variable, leaves_with_paths
 from optclip.skipping import SafeguardState, SkipState
-from optclip.state import ClipState
+from optclip.state import ClipState, LeafDetail
 
 _CLIP = (
     "norm",
@@ -28,7 +28,8 @@ _SKIP = ("skipped_steps", "skipping", "norm", "threshold", "nonfinite_steps")
 def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     """The readings of every clip in an optimizer's state.
 
-    It only looks them up: nothing is computed, so it costs nothing inside a jitted step.
+    It only looks them up: no norm is computed again. With `params` it cuts a vector into one number
+    for each leaf, which a step with thousands of leaves may want to do only now and then.
 
     Args:
         opt_state: Any nest of states with `ClipState`s in it: a chain's, an optimizer's inside
@@ -48,7 +49,8 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
         where there is nothing to read.
 
         With `params` also `clip/norms/dense/kernel`, `clip/clipped_norms/dense/kernel` and so on,
-        by path; by number, `clip/norms/0`, where the groups are not one for each of the leaves.
+        by path; by number, `clip/norms/0`, where the groups are labels or units that no list of
+        names was given for, or where the names are not as many as they.
 
     Example:
         >>> import jax.numpy as jnp, optax, optclip
@@ -63,7 +65,6 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
         (3.0, 4.0)
     """
     found = list(_found(opt_state))
-    names = [] if params is None else _names(params)
     result: dict[str, jax.Array] = {}
     for kind in ("clip", "bound", "skip"):
         readings = [values for of, values in found if of == kind]
@@ -72,18 +73,23 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
             detail = values.pop("detail", ())
             result |= {f"{prefix}/{name}": _array(x) for name, x in values.items()}
             if params is not None and detail:
-                for what, vector in detail._asdict().items():
-                    numbers = list(_array(vector))
-                    by_name = names if len(names) == len(numbers) else range(len(numbers))
-                    pairs = zip(by_name, numbers, strict=True)
-                    result |= {f"{prefix}/{what}/{name}": x for name, x in pairs}
+                result |= {f"{prefix}/{name}": x for name, x in _named(detail, params)}
     return result
 
 
-def _names(params: Any) -> list[str]:
-    """Of the groups that a clip by leaf makes of the tree, or as they were given."""
-    if isinstance(params, list | tuple) and all(isinstance(name, str) for name in params):
-        return list(params)
+def _named(detail: Any, params: Any) -> Iterator[tuple[str, jax.Array]]:
+    """The readings of single groups by name; by number, where the names are not theirs."""
+    given = isinstance(params, list | tuple) and all(isinstance(name, str) for name in params)
+    names = list(params) if given else _paths(params) if isinstance(detail, LeafDetail) else []
+    for what, vector in detail._asdict().items():
+        numbers = list(_array(vector))
+        fitting = names if len(names) == len(numbers) else range(len(numbers))
+        for name, x in zip(fitting, numbers, strict=True):
+            yield f"{what}/{name}", x
+
+
+def _paths(params: Any) -> list[str]:
+    """Of the leaves that a clip by leaf measures."""
     leaves = leaves_with_paths(params)
     return [path for path, x in leaves if is_floating(x) and math.prod(jnp.shape(x))]
 

@@ -13,17 +13,31 @@ RECENT_STEPS = 128
 """Over how many steps `ClipState.recent_clip_rate` looks back."""
 
 
-class Detail(NamedTuple):
-    """Readings of single groups, where `detail=True` asked for them.
+class LeafDetail(NamedTuple):
+    """Readings of single leaves, where `detail=True` asked for them.
 
     Attributes:
-        norms: Norm of each group before clipping, of each leaf where the scope is the whole tree;
-            shape (groups,).
+        norms: Norm of each leaf before clipping, in the order of the tree; shape (leaves,).
         clipped_norms: The same after clipping.
     """
 
     norms: jax.Array
     clipped_norms: jax.Array
+
+
+class GroupDetail(NamedTuple):
+    """The same of groups that are not the leaves: labels, units.
+
+    Attributes:
+        norms: Norm of each group before clipping; shape (groups,).
+        clipped_norms: The same after clipping.
+    """
+
+    norms: jax.Array
+    clipped_norms: jax.Array
+
+
+Detail = LeafDetail | GroupDetail
 
 
 class ClipState(NamedTuple):
@@ -43,7 +57,7 @@ class ClipState(NamedTuple):
             groups, the mean share of them.
         recent_clip_rate: The same as an average that looks back over about 128 steps.
         memory: What the threshold rule remembers; () if nothing.
-        detail: A `Detail`, or () where it was not asked for.
+        detail: A `LeafDetail` or `GroupDetail`, or () where it was not asked for.
     """
 
     count: jax.Array

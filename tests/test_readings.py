@@ -69,6 +69,17 @@ def test_groups_that_are_no_leaves_are_numbered(strict):
     assert list(named(read, "clip/norms/")) == [str(number) for number in range(1 + 2 + 2)]
 
 
+def test_groups_as_many_as_leaves_are_not_taken_for_them(strict):
+    swapped = {"a": "x", "b": "y"}
+    clip = optclip.clip_by_group_norm({"y": 9.0, "x": 9.0}, lambda path: swapped[path], detail=True)
+    tree = {"a": jnp.full(1, 3.0), "b": jnp.full(1, 4.0)}
+    _, state = clip.update(tree, clip.init(tree))
+    read = optclip.metrics(state, tree)
+    assert named(read, "clip/norms/") == {"0": 4.0, "1": 3.0}
+    read = optclip.metrics(state, ["y", "x"])
+    assert named(read, "clip/norms/") == {"y": 4.0, "x": 3.0}
+
+
 @pytest.mark.parametrize("detail", ["first", "second"])
 def test_several_clips_are_numbered_and_named(detail, strict):
     clips = [
@@ -98,14 +109,15 @@ def test_inside_masked_a_part_of_the_parameters_names_them(strict):
 
 def test_nnx_variables_have_the_paths_of_their_gradients():
     model, seen = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), set()
-    clip = optclip.clip_by_group_norm(1.0, lambda path: seen.add(path) or path, detail=True)
+    by_path = optclip.clip_by_group_norm(99.0, lambda path: seen.add(path) or path)
+    clip = optax.chain(by_path, optclip.clip_by_leaf_norm(1.0, detail=True))
     optimizer = nnx.Optimizer(model, clip, wrt=nnx.Param)
     optimizer.update(model, nnx.grad(lambda model: model(jnp.ones(2)).sum())(model))
     assert seen == {"kernel", "bias"}
     for names in (model, nnx.state(model, nnx.Param)):
         read = optclip.metrics(optimizer.opt_state, names)
         expected = {"bias": 3**0.5, "kernel": 6**0.5}
-        assert named(read, "clip/norms/") == pytest.approx(expected)
+        assert named(read, "clip/1/norms/") == pytest.approx(expected)
 
 
 LARGE = {"kernel": jnp.ones((16, 20)), "embedding": jnp.ones((20, 16)), "bias": jnp.ones(300)}

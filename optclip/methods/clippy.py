@@ -10,7 +10,7 @@ from jax import lax
 from optclip import changing, norms, planning, scopes
 from optclip.clipping import NO_PARAMS_MSG, Nonfinite, check_nonfinite
 from optclip.limiters import Factor
-from optclip.state import ClipState, Detail, Outcome, advanced, fresh
+from optclip.state import ClipState, LeafDetail, Outcome, advanced, fresh
 from optclip.thresholds.checking import at, check_number
 
 
@@ -76,7 +76,7 @@ def clippy(
             return fresh(params)
         shape = planning.shape_of_norms(scopes.leaf, params, axis_name, sharded)
         dtype = planning.tree_dtype(params)
-        return fresh(params, (), Detail(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+        return fresh(params, (), LeafDetail(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -111,7 +111,7 @@ def clippy(
             factor=jnp.min(product, initial=1),
             share=jnp.mean(over.astype(plan.dtype)) if roots.size else rho * 0,
         )
-        return updates, advanced(state, outcome, (), Detail(ratios, clipped) if detail else ())
+        return updates, advanced(state, outcome, (), LeafDetail(ratios, clipped) if detail else ())
 
     return optax.GradientTransformationExtraArgs(init, update)
 
