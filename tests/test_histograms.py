@@ -104,6 +104,14 @@ def test_a_histogram_of_nothing_has_no_quantiles_and_a_share_is_a_share():
             histograms.quantile(empty.counts, wrong)
 
 
+def test_a_histogram_for_every_unit_is_refused():
+    units = {"scope": optclip.scopes.unit(), "histogram": True}
+    with pytest.raises(ValueError, match=r"9.2 kB for every single unit.*scopes.leaf"):
+        optclip.measure_norms(**units, detail=True)
+    state = optclip.measure_norms(**units).init(jnp.ones((3, 4)))
+    assert state.memory.by_group == ()
+
+
 def test_what_is_no_histogram_is_refused():
     optimizer = optax.chain(optclip.measure_norms(histogram=True), optax.sgd(0.1))
     state = optimizer.init(jnp.zeros(2))

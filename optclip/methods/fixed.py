@@ -356,7 +356,7 @@ def measure_norms(
         scope: Which entries share a norm; see `clip_by`. Default: all of them.
         norm: How a group is measured; see `clip_by`. Default: the 2-norm.
         histogram: Whether the state's memory also counts the norms of all steps by size, as an
-            `optclip.histograms.NormHistogram`: 9.2 kB, and as much again for every leaf (or group)
+            `optclip.histograms.NormHistogram`: 9.2 kB, and as much again for every leaf (or label)
             with `detail=True`. `optclip.tuning.suggest_threshold(opt_state)` reads a threshold
             from it, `optclip.histograms.quantile` any quantile of the norms within 2%.
         axis_name: See `clip_by`.
@@ -367,6 +367,9 @@ def measure_norms(
     Returns:
         An `optax.GradientTransformationExtraArgs` with a `ClipState` whose threshold is infinite.
         Cost: one pass over the gradient; counting takes the same time at any length of run.
+
+    Raises:
+        ValueError: If there would be a histogram for every unit.
 
     Example:
         >>> import jax.numpy as jnp, optax, optclip
@@ -385,4 +388,9 @@ def measure_norms(
         nonfinite=nonfinite,
         detail=detail,
     )
+    if histogram and detail and not (scope.one_group or scope.whole_leaves):
+        raise ValueError(
+            "measure_norms(histogram=True, detail=True) would keep 9.2 kB for every single unit; "
+            "pass scope=scopes.leaf for a histogram of each leaf, or leave detail out"
+        )
     return histograms.recording(measured) if histogram else measured
