@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import optclip
-from optclip.tuning import Sweep, sweep
+from optclip.tuning import Sweep, sweep, sweep_runs
 
 STEPS = 20
 THRESHOLDS = (0.03, 0.3, 3.0, np.inf)
@@ -19,9 +19,9 @@ def optimizer(threshold):
     return optax.chain(optclip.clip_by_global_norm(threshold), optax.sgd(0.5))
 
 
-def init(seed):
+def init(seed, threshold):
     params = jax.random.normal(jax.random.key(seed), 3)
-    return params, optimizer(1.0).init(params)
+    return params, optimizer(threshold).init(params)
 
 
 def batches(seed, number):
@@ -42,7 +42,7 @@ def train_step(state, threshold, batch):
 
 def by_hand(threshold, seed):
     """Mean loss of the last two steps, and the clip rate, in numpy."""
-    params = np.asarray(init(seed)[0], np.float64)
+    params = np.asarray(init(seed, threshold)[0], np.float64)
     losses, clipped = [], 0
     for number in range(STEPS):
         away = params - 5 - batches(seed, number)
@@ -86,7 +86,7 @@ def test_evaluate_gives_the_final_loss(vectorize):
         evaluate=distance,
         vectorize=vectorize,
     )
-    params, state = init(0)
+    params, state = init(0, 0.03)
     for number in range(STEPS):
         (params, state), _ = train_step((params, state), 0.03, batches(0, number))
     np.testing.assert_allclose(found.losses[0, 0], np.sum((params - 5) ** 2), rtol=1e-5)
@@ -98,7 +98,7 @@ def test_a_step_that_gives_only_its_loss_has_no_clip_rate():
         lambda state, threshold, batch: (state, threshold * batch),
         [2.0, 1.0],
         1,
-        init=lambda seed: seed,
+        init=lambda seed, threshold: seed,
         batches=lambda seed, number: jnp.float32(number),
         steps=3,
     )
@@ -126,7 +126,7 @@ def test_what_diverged_is_named():
     some = made([[1.0], [2.0], [np.inf], [np.inf]])
     assert some.finding() == "Lowest loss, 1, at threshold 0.1; 2 of 4 thresholds diverged"
     lost = made([[np.inf]] * 4)
-    assert np.isnan(lost.best)
+    assert np.isnan([lost.best, *lost.flat]).all()
     assert lost.finding() == "Every threshold diverged: lower the learning rate"
 
 
@@ -135,7 +135,7 @@ def test_a_loss_that_is_not_finite_is_infinite():
         lambda state, threshold, batch: (state, jnp.log(threshold - 1)),
         [0.5, 2.0],
         2,
-        init=lambda seed: seed,
+        init=lambda seed, threshold: seed,
         batches=lambda seed, number: 0,
         steps=1,
     )
@@ -154,8 +154,8 @@ def test_table_picture_and_json(losses, tmp_path, capsys):
     found.draw(tmp_path / "sweep.png", subtitle="a test")
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     told = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert told["losses"][3] == ["inf", 2.0]
-    assert told["thresholds"][-1] == "inf"
+    assert told["losses"][3] == [None, 2.0]
+    assert told["thresholds"][-1] is None  # No clipping.
     assert told["best"] == found.best
     made([[np.inf]] * 4).draw(tmp_path / "lost.png")
     made([[1.0]], (np.inf,)).draw(tmp_path / "one.png")
@@ -188,6 +188,66 @@ def test_functions_of_another_kind_are_refused(changes, said):
             sweep(thresholds=[1.0], seeds=1, steps=2, vectorize=vectorize, **arguments)
 
 
+def test_a_threshold_in_the_state_is_the_one_of_the_run():
+    injected = optax.inject_hyperparams(optclip.clip_by_global_norm)
+
+    def start(seed, threshold):
+        params = jax.random.normal(jax.random.key(seed), 3)
+        return params, injected(max_norm=threshold).init(params)
+
+    def step(state, threshold, batch):
+        params, opt_state = state
+        loss, gradient = jax.value_and_grad(loss_of)(params, batch)
+        updates, opt_state = injected(max_norm=0.0).update(gradient, opt_state)
+        return (jax.tree.map(lambda w, u: w - 0.5 * u, params, updates), opt_state), loss
+
+    found = sweep(step, THRESHOLDS, [3], init=start, batches=batches, steps=STEPS)
+    expected = [[by_hand(c, 3)[0]] for c in THRESHOLDS]
+    np.testing.assert_allclose(found.losses, expected, rtol=1e-4)
+
+
+def test_a_threshold_that_nothing_takes_is_noticed():
+    found = sweep(
+        lambda state, threshold, batch: (state, 1.0 * batch),
+        [1.0, 9.0],
+        2,
+        init=lambda seed, threshold: seed,
+        batches=lambda seed, number: np.float32(seed),
+        steps=2,
+    )
+    assert "does not pass the threshold to its clip" in found.finding()
+    assert found.best == 9.0
+
+
+def test_a_run_lets_go_of_its_state_and_compiles_once():
+    traces = []
+
+    def step(state, threshold, batch):
+        traces.append(1)
+        held = sum(x.size == 1234 for x in jax.live_arrays())
+        assert held <= 3
+        return state + threshold, threshold
+
+    sweep(
+        step,
+        [1.0, 2.0, 3.0],
+        2,
+        init=lambda seed, threshold: jnp.zeros(1234),
+        batches=lambda seed, number: 0,
+        steps=2,
+        vectorize=False,
+    )
+    assert len(traces) == 1
+    assert sum(x.size == 1234 for x in jax.live_arrays()) <= 1
+
+
+def test_states_that_would_not_fit_together_are_not_tried(monkeypatch):
+    monkeypatch.setattr(sweep_runs, "MOST_AT_ONCE", 100)
+    monkeypatch.setattr(sweep_runs, "all_together", None)
+    found = sweep(train_step, [1.0, 2.0], 2, init=init, batches=batches, steps=2)
+    assert not found.vectorized
+
+
 def test_one_threshold_may_be_a_number():
     found = sweep(train_step, 1.0, 1, init=init, batches=batches, steps=2)
     assert found.thresholds.tolist() == [1.0]
@@ -208,8 +268,11 @@ def test_seeds_that_overlap_are_named():
         ([], 3, 1, r"thresholds.*one or more.*\[\].*numpy.geomspace"),
         ([1.0, -1.0], 3, 1, r"at least 0.*-1.0"),
         ([np.nan], 3, 1, "nan"),
+        ([1e-50], 3, 1, "range of float32.*1e-50"),
         ([1.0], 0, 1, r"seeds.*at least one.*0"),
+        ([1.0], [2**31], 1, r"seeds.*2\*\*31 - 1"),
         ([1.0], 1, 0, r"steps.*at least 1.*0"),
+        ([1.0], 1, 2.0, r"steps.*whole number.*2.0"),
     ],
 )
 def test_nothing_to_run_is_refused(thresholds, seeds, steps, said):

@@ -3,6 +3,7 @@
 from optclip.tuning.plotting import plot_run
 from optclip.tuning.replaying import Replay, replay
 from optclip.tuning.suggesting import Suggestion, suggest_threshold
-from optclip.tuning.sweeping import Sweep, sweep
+from optclip.tuning.sweep_result import Sweep
+from optclip.tuning.sweeping import sweep
 
 __all__ = ["Replay", "Suggestion", "Sweep", "plot_run", "replay", "suggest_threshold", "sweep"]

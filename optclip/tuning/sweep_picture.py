@@ -9,7 +9,7 @@ import numpy as np
 from optclip.tuning.wording import percent
 
 if TYPE_CHECKING:
-    from optclip.tuning.sweeping import Sweep
+    from optclip.tuning.sweep_result import Sweep
 
 # From Okabe and Ito's palette, which the colour-blind can tell apart.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -51,8 +51,9 @@ def draw(sweep: "Sweep", path: str | os.PathLike[str] | None, subtitle: str) -> 
     held = np.minimum(medians, top)
 
     limits = sweep.thresholds <= sweep.thresholds[np.isfinite(sweep.thresholds)].max(initial=0)
-    low, high = (places[sweep.thresholds == x][0] for x in sweep.flat)
+    low, high = sweep.flat
     if low < high:
+        low, high = (places[sweep.thresholds == x][0] for x in (low, high))
         axes.axvspan(low, high, color=GREEN, alpha=0.13, lw=0, label="within 2% of the lowest")
     band = f"lowest to highest of {len(sweep.seeds)} seeds"
     for part in (limits, ~limits):
