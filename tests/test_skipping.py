@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from samples import quick_jit
 
 import optclip
 
@@ -26,7 +27,7 @@ def equal(a, b):
 
 
 def warmed_up(optimizer, steps=60):
-    update, state = jax.jit(optimizer.update), optimizer.init(PARAMS)
+    update, state = quick_jit(optimizer.update), optimizer.init(PARAMS)
     for gradient in gradients(steps):
         _, state = update(gradient, state, PARAMS)
     return update, state
@@ -108,7 +109,7 @@ def test_two_spikes_close_together_are_both_skipped():
 
 def test_a_spike_of_the_loss_is_skipped_where_it_is_passed():
     optimizer = optclip.skip_spikes(optax.sgd(0.1))
-    update, state = jax.jit(optimizer.update), optimizer.init(PARAMS)
+    update, state = quick_jit(optimizer.update), optimizer.init(PARAMS)
     rng = np.random.default_rng(0)
     for gradient in gradients(60):
         _, state = update(gradient, state, PARAMS, loss=np.float32(2 + 0.1 * rng.normal()))
@@ -121,7 +122,7 @@ def test_a_spike_of_the_loss_is_skipped_where_it_is_passed():
 
 def test_constant_and_zero_gradients_are_never_spikes():
     optimizer = optclip.skip_spikes(optax.sgd(0.1))
-    update, state = jax.jit(optimizer.update), optimizer.init(PARAMS)
+    update, state = quick_jit(optimizer.update), optimizer.init(PARAMS)
     for value in [1.0] * 150 + [0.0] * 150 + [0.1]:
         gradient = jax.tree.map(lambda x, value=value: np.full_like(x, value), PARAMS)
         _, state = update(gradient, state, PARAMS)
@@ -150,8 +151,8 @@ def test_state_is_stable_from_init_on(wrapper):
         return state, updates["bias"]
 
     stacked = jax.tree.map(lambda *x: np.stack(x), *gradients(30))
-    scanned, biases = jax.jit(lambda s, g: jax.lax.scan(body, s, g))(state, stacked)
-    update = jax.jit(optimizer.update, donate_argnums=1)
+    scanned, biases = quick_jit(lambda s, g: jax.lax.scan(body, s, g))(state, stacked)
+    update = quick_jit(optimizer.update, donate_argnums=1)
     for gradient, bias in zip(gradients(30), biases, strict=True):
         updates, state = update(gradient, state, PARAMS)
         np.testing.assert_allclose(updates["bias"], bias, rtol=2e-6)
@@ -175,7 +176,7 @@ def test_on_a_mesh_as_on_one_device(wrapper, kind):
 
     with jax.set_mesh(mesh):
         spread = optimizer.init(put(params))
-        update = jax.jit(optimizer.update)
+        update = quick_jit(optimizer.update)
         for gradient in steps:
             expected, alone = optimizer.update(gradient, alone, params)
             updates, spread = update(put(gradient), spread, put(params))
