@@ -38,6 +38,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Says it in one line, without the usage."""
+        if message.endswith("required: RUN"):
+            message += f"; give {RUN}"
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
@@ -137,6 +139,11 @@ def _add_replay(known: Any) -> None:
         help="a method, with arguments as in Python or without; repeat it for more (default: all "
         "that norms alone can replay)",
     )
+    parser.add_argument(
+        "--thresholds",
+        action="store_true",
+        help="with --json: also the threshold of every step, and the norm that comes out of it",
+    )
     parser.add_argument("-o", "--out", metavar="FILE", help="also draw it: .png, .svg or .pdf")
 
 
@@ -154,8 +161,7 @@ def _add_plot(known: Any) -> None:
         "-o",
         "--out",
         metavar="FILE",
-        default="run.png",
-        help="the picture: .png, .svg or .pdf (default: %(default)s)",
+        help="the picture: .png, .svg or .pdf (default: next to the log, run.jsonl gives run.png)",
     )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import difflib
 import os
 import sys
 import textwrap
@@ -46,6 +47,8 @@ def replay(options: argparse.Namespace) -> Answer:
 
     if not options.json:
         _need_rich()
+        if options.thresholds:
+            raise UsageError("--thresholds goes with --json; to see them, draw them: -o replay.png")
     methods, out = _methods_asked(options.method), _writable(options.out)
     record = _record(options)
     result = replaying.replay(record, methods)
@@ -54,12 +57,12 @@ def replay(options: argparse.Namespace) -> Answer:
         name, why = next(iter(left_out.items()))
         raise UsageError(f"{name} cannot be replayed: it {why}")
     said = [f"{name} was not replayed: it {why}" for name, why in left_out.items()]
-    data = result.to_dict()
+    data = result.to_dict(every_step=options.thresholds)
     if out is not None:
         result.draw(out)
         said.append(f"picture: {out}")
         data["path"] = str(out)
-    shown = () if options.json else (_drawn(result.table()), *record.notes, *said)
+    shown = () if options.json else (_drawn(result.table(_width())), *record.notes, *said)
     return Answer(shown, data)
 
 
@@ -68,7 +71,9 @@ def plot(options: argparse.Namespace) -> Answer:
     from optclip.tuning.findings import finding
     from optclip.tuning.plotting import plot_run
 
-    out, record = _writable(options.out), _record(options)
+    out = _writable(options.out)
+    record = _record(options, loss_will_do=True)
+    out = _beside(options.run) if out is None else out
     plot_run(record, out)
     sentence = finding(record)
     data = {"finding": sentence, "path": str(out), "notes": record.notes}
@@ -81,7 +86,8 @@ def methods(options: argparse.Namespace) -> Answer:
 
     if options.name is not None:
         method = catalogue.named(options.name)
-        return Answer((f"{_filled(method.call)}\n\n{method.document}",), method.to_dict())
+        manual = catalogue.plain(method.document)
+        return Answer((f"{_filled(method.call)}\n\n{manual}",), method.to_dict())
     known = catalogue.methods()
     data = [method.to_dict() for method in known]
     return Answer(() if options.json else (_drawn(_table(known)),), data)
@@ -90,7 +96,7 @@ def methods(options: argparse.Namespace) -> Answer:
 # What is typed -----------------------------------------------------------------------------------
 
 
-def _record(options: argparse.Namespace) -> Record:
+def _record(options: argparse.Namespace, loss_will_do: bool = False) -> Record:
     """The log of the run that was asked for."""
     source: Any = options.run
     if source == "-":
@@ -102,7 +108,7 @@ def _record(options: argparse.Namespace) -> Record:
     elif not os.path.exists(source):
         raise UsageError(f"there is no file {source}; give the log of a run, one JSON a line")
     try:
-        return read(source, options.norm_key)
+        return read(source, options.norm_key, loss_will_do=loss_will_do)
     except ValueError as error:
         raise UsageError(str(error).replace("(norm_key=)", "(--norm-key)")) from None
 
@@ -117,6 +123,13 @@ def _writable(out: str | None) -> Path | None:
     if not path.parent.is_dir():
         raise UsageError(f"-o {out}: there is no folder {path.parent}; make it first")
     return path
+
+
+def _beside(run: str) -> Path:
+    """Where the picture of a run goes that nothing is said of: next to its log."""
+    if run == "-":
+        return Path("run.png")
+    return Path(run, "steps.png") if os.path.isdir(run) else Path(run).with_suffix(".png")
 
 
 def _methods_asked(texts: list[str] | None) -> Any:
@@ -157,6 +170,11 @@ def _built(text: str) -> Any:
             f"--method {text!r} is no call with plain values; type it as in Python: "
             '--method "zclip(z_threshold=3)"'
         ) from None
+    known = [x.name for x in method.arguments if x.name != "inner"]
+    for wrong in (name for name in by_name if name not in known):
+        close = difflib.get_close_matches(wrong, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(known)}"
+        raise UsageError(f"--method {text!r}: {method.name} has no argument {wrong!r}; {hint}")
     try:
         inner = [optax.identity()] if method.wraps else []
         return getattr(optclip, method.name)(*inner, *positional, **by_name)
@@ -195,11 +213,16 @@ def _drawn(table: Any) -> str:
     """A table of rich as text, so that one `print` fails or not when a pipe is closed."""
     from rich.console import Console
 
-    known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    console = Console(width=None if known else WITHOUT_TERMINAL)
+    console = Console(width=_width())
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().rstrip().split("\n"))
+
+
+def _width() -> int:
+    """How many letters a line has room for."""
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return get_terminal_size().columns if known else WITHOUT_TERMINAL
 
 
 def _filled(text: str) -> str:

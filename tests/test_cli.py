@@ -87,7 +87,7 @@ def test_replay(run, log):
     names = {line.split()[0] for line in shown.splitlines() if line.strip()}
     assert {"zclip", "robust_clip"} <= names
     calls = ("--method", "clip_by_global_norm(1.5)", "--method", "skip_spikes(deviations=4)")
-    code, shown, _ = run("replay", log, *calls, "-o", "replay", "--json")
+    code, shown, _ = run("replay", log, *calls, "-o", "replay", "--json", "--thresholds")
     replayed = strict_json(shown)
     assert code == 0
     assert [row["method"] for row in replayed["rows"]] == list(calls[1::2])
@@ -106,8 +106,9 @@ def test_plot(run, log):
     code, shown, error = run("plot", log)
     assert (code, error) == (0, "")
     assert shown.startswith("1 spike, ")
-    assert shown.splitlines()[-1] == "picture: run.png"
-    assert Path("run.png").read_bytes().startswith(b"\x89PNG")
+    assert shown.splitlines()[-1] == f"picture: {log.with_suffix('.png')}"
+    assert log.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert run("plot", log.parent)[1] == shown
     code, shown, _ = run("plot", log, "-o", "run.svg", "--json")
     assert code == 0
     said = strict_json(shown)
@@ -143,6 +144,34 @@ def test_what_is_whole_of_a_broken_log_is_used_and_said(command, run, log):
     assert "is cut short" in json.dumps(strict_json(shown))
 
 
+def test_a_log_broken_in_the_middle_and_a_byte_order_mark(run, log):
+    whole = log.read_text()
+    log.write_bytes(b"\xef\xbb\xbf" + whole.encode())
+    expected = run("suggest", log)[1]
+    assert expected.startswith("Use ")
+    log.write_text(whole + '{"step": 121, "clip/no{"step": 121}\n' + '{"step": 122}\n')
+    code, shown, _ = run("suggest", log)
+    assert code == 0
+    assert f"Line 121 of {log} is not a JSON object and was left out." in shown.replace("\n", " ")
+
+
+def test_a_short_answer_without_thresholds(run, log):
+    short, whole = (run("replay", log, "--json", *more)[1] for more in ((), ("--thresholds",)))
+    assert len(short) < 6000 < len(whole)
+    assert strict_json(short)["rows"][0].keys() < strict_json(whole)["rows"][0].keys()
+
+
+@pytest.mark.parametrize("columns", ["60", "80"])
+def test_a_replay_fits_a_narrow_terminal(columns, run, log, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    shown = run("replay", log)[1]
+    table = shown.partition("Open loop")[0]
+    assert max(map(len, shown.partition("Not replayed")[0].splitlines())) <= int(columns)
+    assert "…" not in shown
+    for word in ("clip_by_", "robust_clip", "skip_spikes"):  # in one piece
+        assert any(line.strip().startswith(word) for line in table.splitlines())
+
+
 # Methods -----------------------------------------------------------------------------------------
 
 
@@ -176,9 +205,19 @@ def test_what_is_listed_of_a_method(run):
     assert code == 0
     assert shown.startswith("optclip.zclip(z_threshold=2.5, decay=0.97, ")
     assert optclip.zclip.__doc__.split("\n")[-2].strip() in shown
+    assert "\n    z = (n - mu) / (sigma + 10^(-6)),\n" in shown
     assert "scope=scopes.tree, norm=norms.l2, limiter=limiters.rescale" in run(
         "methods", "optclip.clip_by"
     )[1].replace("\n", " ")
+
+
+def test_formulas_are_plain_text():
+    for method in catalogue.methods():
+        text = catalogue.plain(method.document)
+        assert not {"\\", "\0"} & set(text), method.name
+        assert ".. math" not in text
+        formula = text.split("\n\n")[1]
+        assert all(formula.count(a) == formula.count(b) for a, b in ("()", "{}")), formula
 
 
 def test_every_paper_of_a_docstring_is_found():
@@ -207,15 +246,16 @@ def test_tables_fit_their_width(columns, run, monkeypatch):
     [
         ("", ["optclip: say what to do", "suggest", "methods"]),
         ("plott x", ["optclip: there is no command 'plott'", "did you mean plot?"]),
-        ("suggest", ["optclip suggest: ", "required: RUN"]),
+        ("suggest", ["optclip suggest: ", "required: RUN", "or - for what comes in by a pipe"]),
         ("suggest {log} --jsn", ["optclip suggest: unrecognized arguments: --jsn"]),
         ("suggest none.jsonl", ["there is no file none.jsonl"]),
         ("suggest empty", ["empty is a folder without steps.jsonl"]),
         ("suggest empty.jsonl", ["empty.jsonl is empty"]),
-        ("suggest text", ["text, line 1 is no JSON: 'hello'", "one object in each line"]),
-        ("suggest broken", ["broken, line 2 is no JSON"]),
+        ("suggest text", ["text, line 1 is not JSON: 'hello'", "one object in each line"]),
+        ("suggest broken", ["broken, line 2 is not JSON"]),
         ("suggest loss", ["loss has no norms under clip/norm", "it has step, loss", "--norm-key"]),
-        ("plot loss", ["optclip plot: loss has no norms"]),
+        ("plot accuracy", ["optclip plot: accuracy has no norms"]),
+        ("suggest words", ["words has clip/norm, but as text: '3.1'", "float(norm)"]),
         ("replay loss", ["optclip replay: loss has no norms"]),
         ("suggest nan", ["none of 2 norms is finite"]),
         ("plot nan", ["there is nothing to draw of nan"]),
@@ -224,11 +264,13 @@ def test_tables_fit_their_width(columns, run, monkeypatch):
         ("plot {log} -o none/run.png", ["there is no folder none", "make it first"]),
         ("plot {log} -o empty", ["empty is a folder", "-o empty/run.png"]),
         ("plot {log} -o run.foo", ["Format 'foo' is not supported", "png"]),
+        ("replay {log} --thresholds", ["--thresholds goes with --json", "-o replay.png"]),
         ("replay {log} --method zclp", ["no method 'zclp'", "did you mean zclip?"]),
         ("replay {log} --method metrics", ["no method 'metrics'"]),
         ("replay {log} --method clip_by_leaf_norm", ["needs max_norm", "(max_norm=...)'"]),
         ("replay {log} --method spam_clip", ["cannot be replayed: it takes single entries"]),
-        ("replay {log} --method zclip(z=1)", ["unexpected keyword argument 'z'"]),
+        ("replay {log} --method zclip(z=1)", ["zclip has no argument 'z'; it takes z_threshold, "]),
+        ("replay {log} --method zclip(z_treshold=3)", ["did you mean z_threshold?"]),
         ("replay {log} --method zclip(decay=2)", ["got 2"]),
         ("replay {log} --method zclip(", ["is no call with plain values"]),
         ("replay {log} --method zclip(open('x'))", ["is no call with plain values"]),
@@ -240,7 +282,9 @@ def test_bad_input_is_one_line_that_says_how_to_mend_it(typed, words, run, log, 
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "text").write_text("hello\n")
-    (tmp_path / "broken").write_text('{"norm": 1}\nhalf\n{"norm": 2}\n')
+    (tmp_path / "broken").write_text('{"norm": 1}\nhalf\n[1]\n{"nor')
+    (tmp_path / "accuracy").write_text('{"step": 1, "accuracy": 2.0}\n')
+    (tmp_path / "words").write_text('{"clip/norm": "3.1"}\n')
     (tmp_path / "loss").write_text('{"step": 1, "loss": 2.0}\n')
     (tmp_path / "nan").write_text('{"norm": NaN}\n{"norm": null}\n')
     code, shown, error = run(*typed.replace("{log}", str(log)).split())

@@ -64,11 +64,11 @@ def test_an_ordinary_run(tmp_path):
     loss = np.linspace(2.0, 1.0, 40)
     log = written(tmp_path / "run.jsonl", rows_of(norms.tolist(), loss=loss.tolist()))
     figure = plot_run(log, tmp_path / "run.png")
-    assert labels(figure) == ["loss (as logged)", "gradient norm (log axis)", "share of steps (%)"]
+    assert labels(figure) == ["loss", "gradient norm (log axis)", "share of steps (%)"]
     assert figure.axes[-1].get_xlabel() == "step"
     assert figure.axes[1].get_yscale() == "log"
     assert legend(figure.axes[1]) == ["norm before clipping", "clipped step", "threshold"]
-    assert legend(figure.axes[2]) == ["clipped recently", "clipped since the start"]
+    assert legend(figure.axes[2]) == ["clipped since the start", "clipped recently"]
     np.testing.assert_array_equal(drawn(figure.axes[1], "norm before clipping")[:, 1], norms)
     clipped = drawn(figure.axes[1], "clipped step")
     np.testing.assert_array_equal(clipped[:, 0], np.flatnonzero(norms > 1) + 1)
@@ -151,19 +151,50 @@ def test_norms_only():
 
 
 def test_without_norms_it_is_refused(tmp_path):
-    log = written(tmp_path / "run.jsonl", [{"step": 1, "loss": 2.0}])
-    with pytest.raises(ValueError, match=r"has no norms under clip/norm .* it has step, loss"):
+    log = written(tmp_path / "run.jsonl", [{"step": 1, "accuracy": 2.0}])
+    with pytest.raises(ValueError, match=r"has no norms under clip/norm .* it has step, accuracy"):
         plot_run(log)
+    log = written(tmp_path / "run.jsonl", [{"step": 1, "loss": 2.0}])
+    with pytest.raises(ValueError, match="has no norms under g; it has step, loss"):
+        plot_run(log, norm_key="g")
     with pytest.raises(ValueError, match="there is nothing to draw"):
         plot_run([{"norm": None}, {"norm": float("nan")}])
     with pytest.raises(FileNotFoundError):
         plot_run(tmp_path / "none.jsonl")
 
 
+def test_without_norms_the_loss_is_drawn():
+    rows = [{"loss": 2.0, "spike": at == 5} for at in range(9)]
+    figure = plot_run(rows)
+    assert labels(figure) == ["loss"]
+    assert figure.get_suptitle() == "1 spike; no norms in the log of 9 steps; loss 2 at the end"
+    assert legend(figure.axes[0]) == ["spike"]
+
+
+def test_norms_that_are_not_finite_are_marked_whatever_the_log_counted():
+    norms = noise(50)
+    norms[[20, 30]] = np.nan, np.inf
+    figure = plot_run({"clip/norm": norms, "clip/nonfinite_steps": np.zeros(50)})
+    assert list(drawn(figure.axes[0], "not finite")[:, 0]) == [21, 31]
+    assert figure.get_suptitle().startswith("2 gradients not finite")
+
+
+def test_what_would_be_hidden_is_drawn_on_top():
+    figure = plot_run(rows_of([0.5, 2.0, 1.0001, 0.25]))
+    clipped, threshold, recent, since = (
+        next(line for axis in figure.axes for line in axis.lines if line.get_label() == label)
+        for label in ("clipped step", "threshold", "clipped recently", "clipped since the start")
+    )
+    assert clipped.zorder > threshold.zorder
+    assert recent.is_dashed()
+    lines = list(recent.axes.lines)
+    assert lines.index(recent) > lines.index(since)
+
+
 def test_norms_that_are_all_null_leave_the_loss():
     figure = plot_run([{"norm": None, "loss": 2.0}, {"norm": None, "loss": 1.5}])
-    assert labels(figure) == ["loss (as logged)"]
-    assert figure.get_suptitle() == "No norms in the log of 2 steps; loss 1.5 at the end"
+    assert labels(figure) == ["loss"]
+    assert figure.get_suptitle() == "None of the 2 norms is finite; loss 1.5 at the end"
 
 
 def test_steps_that_do_not_rise_are_drawn_in_order():
@@ -295,6 +326,13 @@ def test_a_heat_map_of_the_leaves(tmp_path):
     assert values.mask[2, 7]
     assert values.mask[2, 8]
     assert values.mask.sum() == 2
+
+
+def test_the_label_of_two_leaves_fits(tmp_path):
+    figure = plot_run(leaf_rows(["w", "b"], 20), tmp_path / "run.png")
+    label = figure.axes[-1].yaxis.label.get_window_extent()
+    assert label.y0 >= 0
+    assert label.height <= figure.axes[-1].get_window_extent().height * 1.2
 
 
 def test_many_leaves_are_put_together_or_left_out():

@@ -3,6 +3,8 @@
 import builtins
 import json
 import math
+import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,8 @@ import pytest
 from registry import METHODS, WRAPPERS
 
 import optclip
-from optclip.tuning import replay
+from optclip.tuning import replay, replay_picture
+from optclip.tuning.findings import finding
 from optclip.tuning.replay_methods import LEARNED, NEEDS_A_NUMBER, NO_LEAVES, NOT_REPLAYABLE
 
 PUBLIC = sorted({method.name for method in METHODS + WRAPPERS})
@@ -130,6 +133,7 @@ def test_no_spike_and_no_rise_are_none():
     [row] = replay(noisy(), ["robust_clip"]).rows
     assert row.steps_after_rise is None
     assert row.steps_after_spike is None
+    assert math.isnan(row.worst_spike)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +185,10 @@ def test_scope_and_norm_of_a_transformation_are_found_out():
 def test_it_can_be_written_as_json(everything):
     read = json.loads(json.dumps(everything.to_dict(), allow_nan=False))
     assert len(read["rows"]) == len(everything.rows)
-    assert len(read["rows"][0]["thresholds"]) == 400
+    assert not {"thresholds", "outputs"} & read["rows"][0].keys()
+    whole = json.loads(json.dumps(everything.to_dict(every_step=True), allow_nan=False))
+    assert len(whole["rows"][0]["thresholds"]) == 400
+    assert read["nonfinite_norms"] == 2
     assert read["suggestion"]["method"] == everything.suggestion.method
 
 
@@ -195,6 +202,40 @@ def test_table(everything):
     assert all(row.method in text for row in everything.rows)
     assert "Open loop" in text
     assert "never" in text
+    assert "2 of the norms not finite" in text
+
+
+def test_it_prints_as_its_table(everything, monkeypatch):
+    text = str(everything)
+    assert all(row.method in text for row in everything.rows)
+    assert len(text.splitlines()) < 30
+    assert "\x1b" not in text
+    assert len(repr(everything)) < 300
+    monkeypatch.setitem(sys.modules, "rich.table", None)
+    assert str(everything) == repr(everything)
+
+
+def test_columns_of_nothing_are_left_out():
+    text = str(replay(noisy(), ["robust_clip"]))
+    assert "spike " not in text
+    assert "after" not in text
+    assert "threshold" in text
+
+
+def test_the_worst_spike_is_that_of_the_picture():
+    norms = noisy()
+    norms[[100, 200]] = 300, 50
+    rows = [{"clip/norm": norm, "spike": at == 200} for at, norm in enumerate(norms.tolist())]
+    result = replay(rows, {"none": optclip.measure_norms()})
+    said = re.search(r"1 spike, (\S+) times the usual norm", finding(rows))
+    assert f"{result.worst_spike:.0f}" == said[1]
+    assert result.rows[0].worst_spike == result.worst_spike
+    assert f"the worst {said[1]}x the usual norm" in str(result).replace("\n", " ")
+
+
+def test_what_cannot_be_replayed_is_said_in_its_own_words():
+    with pytest.raises(ValueError, match="none of 3 norms is above 0, so there is nothing to rep"):
+        replay([0.0, 0.0, 0.0])
 
 
 @pytest.mark.parametrize("names", [None, ["robust_clip"]])
@@ -202,6 +243,39 @@ def test_picture(everything, names, tmp_path):
     result = everything if names is None else replay(noisy(3), names)
     path = result.draw(tmp_path / "replay.png")
     assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_title_names_the_rule_that_clips_least():
+    norms = noisy()
+    norms[200] = 100
+    rules = {"low": 1.2, "high": 3.0, "none": 1e9}
+    methods = {name: optclip.clip_by_global_norm(x) for name, x in rules.items()}
+    assert replay_picture.finding(replay(norms, methods)) == (
+        "2 of 3 rules hold the spike below 5 times the usual norm; of these high clips the fewest "
+        "steps, 0.2%"
+    )
+
+
+def test_a_threshold_that_leaves_its_panel_is_noted():
+    inside, above = np.full(5, 2.0), np.array([1.0, 2.0, 3.0, 40.0, np.nan])
+    said = [replay_picture._out_of_sight("threshold", x, 0.5, 10) for x in (inside, above)]
+    assert said == ["", "threshold up to 40, above the picture"]
+    assert replay_picture._out_of_sight("threshold", inside, 3, 10) == "threshold below the picture"
+
+
+@pytest.mark.parametrize("norms", [noisy(), 3 + 0.01 * noisy(), 10.0 ** np.arange(12)])
+def test_a_panel_has_plain_ticks_two_at_least(norms, monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
+    replay(norms, ["robust_clip"]).draw(tmp_path / "replay.png")
+    axis = figures[0].axes[0].yaxis
+    low, high = axis.get_view_interval()
+    texts = [t.get_text() for t in axis.get_ticklabels() if low <= t.get_position()[1] <= high]
+    assert 2 <= len(texts) <= 5
+    assert len({"^" in text for text in texts}) == 1
+    assert ("^" in texts[0]) == (norms.max() > 1e6)
 
 
 def test_short_and_strange_records():

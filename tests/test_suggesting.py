@@ -138,6 +138,24 @@ def test_the_start_of_a_run_is_left_out():
     )
 
 
+def test_the_start_of_a_run_is_that_of_the_steps_with_norms():
+    norms = np.concatenate([20 * noisy(30), noisy(270), np.full(630, np.nan)])
+    threshold = suggest_threshold(norms).threshold
+    assert threshold == pytest.approx(by_hand(norms[:300])[0], rel=1e-9)
+
+
+def test_a_steep_start_is_not_called_few_clipped_steps():
+    norms = noisy() * np.concatenate([np.geomspace(8, 1, 200), np.ones(800)])
+    steep, flat, many = (suggest_threshold(x) for x in (norms, noisy(), spiky(200)))
+    assert steep.fared.clip_rate > 0.1
+    assert "few other steps" not in str(steep)
+    assert "% of the steps, most of them in the first quarter (" in str(steep)
+    assert "after the first tenth of the run" in str(steep)
+    assert "so it clips spikes and few other steps" in flat.reason
+    assert "most of them" not in str(flat)
+    assert "so it clips spikes and few other steps" in many.reason
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e6, 1e12])
 @pytest.mark.parametrize("norms", [noisy(), drifting(10), noisy(3)], ids=["noisy", "drift", "3"])
 def test_it_has_no_scale(norms, scale):
@@ -158,7 +176,10 @@ def test_short_records_are_answered_with_doubts():
         suggestion = suggest_threshold(norms)
         assert 1 < suggestion.threshold / np.median(norms) < 3
         assert suggestion.drift is None
-        assert f"From {count} step" in suggestion.uncertainty
+        doubt = f"{count} step" if count < 16 else f"From {count} steps"
+        assert suggestion.uncertainty.startswith(doubt)
+        assert ("too few to tell: " in suggestion.uncertainty) == (count < 16)
+        assert str(suggestion).startswith(suggestion.uncertainty) == (count < 16)
         low, high = suggestion.interval
         assert low < suggestion.threshold < high
         assert high / low > 1.2
@@ -198,6 +219,11 @@ def test_a_run_that_diverged():
     # Where the level is known in spite of it, the threshold is too.
     late = np.concatenate([noisy(150), np.full(50, np.nan)])
     assert suggest_threshold(late).threshold is not None
+    assert (
+        suggest_threshold(late)
+        .notes[-1]
+        .startswith("the run diverged: no finite norm from step 151 of 200 on")
+    )
     # Gaps as anywhere else are no divergence.
     sparse = np.full(200, np.nan)
     sparse[::12] = 1.0
@@ -245,6 +271,35 @@ def test_a_run_that_learned_nothing_is_noted():
     falling, flat = np.linspace(2, 1, 200), np.full(200, 2.3)
     assert suggest_threshold({"norm": norms, "loss": falling}).notes == ()
     assert "the loss did not fall" in suggest_threshold({"norm": norms, "loss": flat}).notes[0]
+
+
+def test_accumulated_gradients_count_once():
+    norms = noisy(200)
+    for early in (0, 3):  # of a state before its first update
+        log = np.concatenate([np.zeros(early), np.repeat(norms, 4)])[: 800 - 2]
+        record = read({"clip/norm": log, "clip/factor": np.ones(len(log)), "loss": log + 1})
+        np.testing.assert_array_equal(record.norms, norms[: len(record.norms)])
+        assert record.steps[:3].tolist() == [early + 1, early + 5, early + 9]
+        assert len(record.columns["loss"]) == len(record.steps) == len(record.norms)
+        assert len(record.norms) == (200 if not early else 199)
+        (note,) = suggest_threshold(record).notes
+        assert note.startswith("each norm stands 4 times in a row and is counted once")
+        once = suggest_threshold(norms[: len(record.norms)])
+        assert suggest_threshold(record).threshold == once.threshold
+    for other in (np.ones(50), noisy(50), np.repeat([1.0, 2.0], 10), np.tile([1.0, 1, 2], 20)):
+        assert len(read(other).norms) == len(other)
+
+
+def test_two_runs_in_one_log_are_noted():
+    rows = [{"step": step, "norm": 1.0 + step} for step in (*range(1, 31), *range(1, 31))]
+    (note,) = suggest_threshold(rows).notes
+    assert note == "the steps do not rise (1 after 30); two runs in one file?"
+
+
+@pytest.mark.parametrize("value", ["3.1", [3.1]])
+def test_norms_that_are_no_numbers_are_said_to_be_there(value):
+    with pytest.raises(ValueError, match=r"the rows has clip/norm, but as (text|a list): .*3.1"):
+        suggest_threshold([{"clip/norm": value, "loss": 1.0}] * 3)
 
 
 # Histograms --------------------------------------------------------------------------------------
@@ -308,13 +363,18 @@ SOURCES = {
 def test_it_reads_as_a_paragraph_and_writes_as_json(source):
     suggestion = suggest_threshold(source)
     text = str(suggestion)
-    assert text.startswith(f"Use {suggestion.method}. {suggestion.reason}")
+    use = f"se {suggestion.method}. {suggestion.reason}"
+    few = suggestion.steps < 16
+    assert text.startswith(f"{suggestion.uncertainty} Until then u{use}" if few else f"U{use}")
+    assert "usual norm" not in text  # one measure, one word
     assert text.endswith(".")
     assert not {"nan", "inf", "None"} & set(text.replace(",", " ").split())
     assert len(text) < 700
     written = json.loads(json.dumps(suggestion.to_dict(), allow_nan=False))
     assert written["threshold"] == suggestion.threshold
-    assert written["fared"]["clip_rate"] == suggestion.fared.clip_rate
+    assert written["clip_rate_expected"] == suggestion.clip_rate
+    assert written["fared"]["clip_rate_over_the_run"] == suggestion.fared.clip_rate
+    assert "clip_rate" not in written | written["fared"]
 
 
 def test_long_records_take_little_time_and_memory():

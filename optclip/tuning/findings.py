@@ -4,11 +4,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optclip.tuning.records import Record, read
+from optclip.tuning.records import LOSS_KEYS, Record, read
 from optclip.tuning.wording import number, percent
-
-LOSS_KEYS = ("loss", "train_loss", "train/loss", "training_loss")
-"""Under which names a loss is looked for, in this order."""
 
 SPIKE_TIMES = 5.0
 """A spike's norm is at least so many times the usual one,"""
@@ -34,6 +31,7 @@ class Findings(NamedTuple):
         skipped: Whether it was skipped.
         nonfinite: Whether its gradient was not finite.
         spikes: Whether it is a spike: by the column "spike" where there is one, else by height.
+        worst: The place of the spike that is the highest; None where the height of none is known.
         sentence: The finding, in a sentence without a full stop.
     """
 
@@ -44,6 +42,7 @@ class Findings(NamedTuple):
     skipped: np.ndarray
     nonfinite: np.ndarray
     spikes: np.ndarray
+    worst: int | None
     sentence: str
 
 
@@ -58,7 +57,7 @@ def finding(source: Any, *, norm_key: str | None = None) -> str:
         >>> finding({"clip/norm": [0.5, 2.0], "clip/threshold": [1.0, 1.0], "loss": [0.8, 0.25]})
         '50% of 2 steps clipped; loss 0.25 at the end'
     """
-    return look_at(read(source, norm_key)).sentence
+    return look_at(read(source, norm_key, loss_will_do=True)).sentence
 
 
 def look_at(record: Record) -> Findings:
@@ -66,6 +65,7 @@ def look_at(record: Record) -> Findings:
     usual = usual_norm(record.norms)
     with np.errstate(all="ignore"):
         height = record.norms / usual
+    spikes = _spikes(record, height)
     findings = Findings(
         steps=_places(record.steps),
         loss=next((record.columns[key] for key in LOSS_KEYS if key in record.columns), None),
@@ -73,7 +73,8 @@ def look_at(record: Record) -> Findings:
         clipped=_clipped(record),
         skipped=_is_true(record.columns.get("skip/skipping"), len(height)),
         nonfinite=_nonfinite(record),
-        spikes=_spikes(record, height),
+        spikes=spikes,
+        worst=_worst(spikes, height),
         sentence="",
     )
     clauses = [
@@ -142,6 +143,12 @@ def _spikes(record: Record, height: np.ndarray) -> np.ndarray:
     return spikes
 
 
+def _worst(spikes: np.ndarray, height: np.ndarray) -> int | None:
+    heights = np.where(spikes & np.isfinite(height), height, -1.0)
+    at = int(np.argmax(heights)) if heights.size else 0
+    return at if heights.size and heights[at] > 0 else None
+
+
 def _clipped(record: Record) -> np.ndarray:
     nothing = np.zeros(len(record.norms), bool)
     factor, threshold = record.reading("factor"), record.reading("threshold")
@@ -163,7 +170,7 @@ def _nonfinite(record: Record) -> np.ndarray:
         nonfinite[known] = np.diff(counted[known], prepend=0.0) > 0
         if counted[known][0] > 1:
             nonfinite[np.argmax(known)] = not np.isfinite(record.norms[np.argmax(known)])
-        return nonfinite
+        return nonfinite | (known & ~np.isfinite(record.norms))
     if not np.isfinite(record.norms).any():  # a log of other things
         return np.zeros(len(record.norms), bool)
     return _gaps(record.norms)
@@ -215,11 +222,11 @@ def _about_spikes(record: Record, findings: Findings, usual: np.ndarray) -> str:
     if not count:
         return ""
     said = _counted(count, "spike")
-    heights = np.where(findings.spikes & np.isfinite(findings.height), findings.height, -1.0)
-    at = int(np.argmax(heights))
-    if heights[at] <= 0:
+    at = findings.worst
+    if at is None:
         return said
-    said += f", {'the largest ' if count > 1 else ''}{_times(heights[at])} the usual norm"
+    largest = "the largest " if count > 1 else ""
+    said += f", {largest}{_times(findings.height[at])} the usual norm"
     let_through = record.reading("clipped_norm")
     if findings.skipped[at]:
         said += ", skipped"
@@ -230,7 +237,7 @@ def _about_spikes(record: Record, findings: Findings, usual: np.ndarray) -> str:
 
 def _about_nonfinite(record: Record, findings: Findings) -> str:
     count = int(findings.nonfinite.sum())
-    if not count:
+    if not count or not np.isfinite(record.norms).any():
         return ""
     if record.reading("nonfinite_steps") is None:
         return f"no finite norm at {_counted(count, 'step')}"
@@ -241,6 +248,8 @@ def _about_clips(record: Record, findings: Findings) -> str:
     rate = _last_finite(record.reading("clip_rate"))
     finite = np.isfinite(record.norms)
     count = int(finite.sum())
+    if not count and record.has_norms:
+        return f"none of the {len(finite):,} norms is finite"
     if not count:
         return f"no norms in the log of {_counted(len(finite), 'step')}"
     steps = _counted(count, "step" if finite.all() else "finite step")

@@ -3,7 +3,6 @@
 Figures are made without pyplot, so nothing global is touched.
 """
 
-import math
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -15,12 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from optclip.tuning import leaves
+from optclip.tuning import leaves, ticks
 from optclip.tuning.findings import Findings
 from optclip.tuning.records import Record
 
 # From Okabe and Ito's palette, which the colour-blind can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"
+DARK = "#444444"
 
 MOST_POINTS = 6000
 """Of a line; of longer ones the smallest and the largest value of every stretch are drawn."""
@@ -59,7 +59,7 @@ def _panels(record: Record, findings: Findings) -> list[Panel]:
         panels.append((1.5, _draw_rates))
     if record.leaf_norms:
         rows = min(len(record.leaf_norms), leaves.MOST_ROWS)
-        panels.append((0.7 + 0.16 * rows, _draw_leaves))
+        panels.append((max(1.4, 0.7 + 0.16 * rows), _draw_leaves))  # room for its colour bar
     if not panels:
         raise ValueError(
             f"there is nothing to draw of {record.source}: no norm is finite and above 0, and no "
@@ -114,15 +114,19 @@ def _draw_loss(axis: Axes, record: Record, findings: Findings) -> None:
     finite = loss[np.isfinite(loss)]
     start = np.median(finite[:10])
     if finite.max() > 20 * start > 0:  # on a linear axis all the rest would be a flat line
-        _log_scale(axis)
-        axis.set_ylabel("loss\n(as logged, log axis)")
+        ticks.on_log_axis(axis, most=5)
+        axis.set_ylabel("loss\n(log axis)")
         loss = np.where(loss > 0, loss, np.nan)
     else:
-        axis.set_ylabel("loss\n(as logged)")
+        axis.set_ylabel("loss")
     _line(axis, findings.steps, loss, color=BLUE, lw=0.9)
     if axis.get_yscale() == "linear" and finite.min() >= 0:
         axis.set_ylim(bottom=0)
-    _mark(axis, findings.steps, findings.spikes, 0.95, marker="v", color=PURPLE)
+    alone = not _has_norms(record)  # else the panel below says what a mark is
+    label = {"label": "spike"} if alone else {}
+    _mark(axis, findings.steps, findings.spikes, 0.95, marker="v", color=PURPLE, **label)
+    if alone and findings.spikes.any():
+        _legend_above(axis)
 
 
 def _draw_norms(axis: Axes, record: Record, findings: Findings) -> None:
@@ -134,7 +138,7 @@ def _draw_norms(axis: Axes, record: Record, findings: Findings) -> None:
     if threshold is not None and (np.isfinite(threshold) & (threshold > 0)).any():
         shown = np.where(threshold > 0, threshold, np.nan)
         _line(axis, steps, shown, color="black", lw=1.5, label=_threshold_label(record))
-    _log_scale(axis)
+    ticks.on_log_axis(axis)
     if (findings.spikes | findings.nonfinite | findings.skipped).any():
         low, high = axis.get_ylim()
         room = 0.25 if findings.skipped.any() else 0.15
@@ -165,8 +169,9 @@ def _rates(record: Record, findings: Findings) -> list[tuple[str, np.ndarray, di
     threshold = record.reading("threshold")
     shown = []
     if (threshold is not None and np.isfinite(threshold).any()) or _any(since):
-        shown.append(("clipped recently", recent, {"color": GREY, "lw": 1.0}))
-        shown.append(("clipped since the start", since, {"color": ORANGE, "lw": 1.8}))
+        shown.append(("clipped since the start", since, {"color": ORANGE, "lw": 2.0}))
+        # Dashed and on top: at first the two are the same.
+        shown.append(("clipped recently", recent, {"color": DARK, "lw": 1.0, "ls": (0, (3, 2))}))
     style = {"color": BLUE, "lw": 1.0, "ls": "--"}
     shown.append(("update bounded recently", bound if _any(bound) else None, style))
     share = np.cumsum(skipped) / steps if skipped.any() else None
@@ -207,8 +212,10 @@ def _draw_leaves(axis: Axes, record: Record, findings: Findings) -> None:
     axis.set_ylabel(table.label)
     axis.tick_params(axis="y", length=0)
     bar = axis.figure.colorbar(mesh, ax=axis, extend="both", aspect=30, pad=0.01)
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(_decade))
-    bar.set_label("norm of the leaf (log colours)")
+    bar.ax.yaxis.set_major_locator(ticks.LogTicks(6))
+    bar.ax.yaxis.set_major_formatter(ticks.OneStyle())
+    bar.ax.minorticks_off()
+    bar.set_label("norm of the leaf\n(log colours)")
 
 
 # Parts of panels ---------------------------------------------------------------------------------
@@ -240,26 +247,6 @@ def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return steps[at], values[at]
 
 
-def _decade(x: float, _: int | None = None) -> str:
-    exponent = round(math.log10(x))
-    return f"{x:,g}" if -4 <= exponent <= 5 else f"$10^{{{exponent}}}$"
-
-
-def _log_scale(axis: Axes) -> None:
-    """A log axis that says 0.2 rather than 2 x 10^-1."""
-
-    def between(x: float, _: int | None = None) -> str:
-        low, high = axis.get_ylim()
-        first_digit = round(x / 10 ** math.floor(math.log10(x) + 1e-9), 9)
-        if high > 100 * low or (high > 5 * low and first_digit not in (2, 5)):
-            return ""
-        return f"{x:,g}"
-
-    axis.set_yscale("log")
-    axis.yaxis.set_major_formatter(FuncFormatter(_decade))
-    axis.yaxis.set_minor_formatter(FuncFormatter(between))
-
-
 def _dots(axis: Axes, steps: np.ndarray, norms: np.ndarray, clipped: np.ndarray) -> None:
     at = np.flatnonzero(clipped)
     if not at.size:
@@ -267,7 +254,8 @@ def _dots(axis: Axes, steps: np.ndarray, norms: np.ndarray, clipped: np.ndarray)
     every = -(-len(at) // MOST_DOTS)
     size = min(4.0, max(1.2, 90 / len(steps) ** 0.5))
     label = "clipped step" + (f" (one in {every} marked)" if every > 1 else "")
-    axis.plot(steps[at[::every]], norms[at[::every]], ".", color=ORANGE, ms=size, label=label)
+    places = steps[at[::every]], norms[at[::every]]
+    axis.plot(*places, ".", color=ORANGE, ms=size, label=label, zorder=3)  # above the threshold
 
 
 def _mark(axis: Axes, steps: np.ndarray, which: np.ndarray, height: float, **style: Any) -> None:

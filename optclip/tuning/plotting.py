@@ -41,7 +41,7 @@ def plot_run(
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: If matplotlib is missing.
-        ValueError: If the source has no norms, with one line that says what to do.
+        ValueError: If the source has neither norms nor a loss, with one line that says what to do.
 
     Example:
         >>> from optclip.tuning.plotting import plot_run
@@ -49,7 +49,7 @@ def plot_run(
         >>> plot_run(log).get_suptitle()
         '50% of 2 steps clipped; loss 0.25 at the end'
     """
-    record = read(source, norm_key)
+    record = read(source, norm_key, loss_will_do=True)
     findings = look_at(record)
     try:
         from optclip.tuning import panels

@@ -9,7 +9,8 @@ import numpy as np
 
 from optclip.tuning.findings import SPIKE_TIMES
 from optclip.tuning.replay_rows import Replayed, Row
-from optclip.tuning.wording import percent, steps_taken, times
+from optclip.tuning.replay_table import without_norms
+from optclip.tuning.wording import number, percent, steps_taken, times
 
 # From Okabe and Ito's palette, which the colour-blind can tell apart.
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#999999", "#222222"
@@ -17,7 +18,8 @@ WIDTH, PANEL, FOOT = 8.0, 1.75, 0.5
 """Inches: of the picture, of the height of a row of panels, and below them."""
 DOTS = 120
 MODEST = 0.2
-"""A rule that clips no more than this share of the steps may be called the one that does best."""
+"""A rule that clips no more than this share of the steps may be called the one that does best: of
+those that hold every spike the one that clips least."""
 
 
 def draw(replay: Replayed, path: Path) -> Path:
@@ -72,21 +74,22 @@ def finding(replay: Replayed) -> str:
     modest = [row for row in rows if row.clipped <= MODEST and not row.spikes_through]
     if not modest:
         return f"{what}{percent(max(shares))} of the steps"
-    best = min(modest, key=lambda row: row.worst_spike)
+    best = min(modest, key=lambda row: (row.clipped, row.worst_spike))
     holds = f"{best.method} holds {spikes} to {times(best.worst_spike)} the usual norm or less and"
-    clips = f"clips {percent(best.clipped)} of the steps"
+    verb = "skips" if best.method.startswith("skip") else "clips"
     if count == 1:
-        return f"{holds} {clips}"
+        return f"{holds} {verb} {percent(best.clipped)} of the steps"
     holding = sum(not row.spikes_through for row in rows)
     return (
         f"{holding} of {count} rules hold {spikes} below {SPIKE_TIMES:g} times the usual norm; "
-        f"{best.method} to {times(best.worst_spike)}, and {clips}"
+        f"of these {best.method} {verb} the fewest steps, {percent(best.clipped)}"
     )
 
 
 def _note(replay: Replayed) -> str:
     note = (
-        f"{len(replay.record.norms):,} steps of {replay.record.source}. Open loop: the norms are "
+        f"{len(replay.record.norms):,} steps of {replay.record.source}"
+        f"{without_norms(replay.record.norms)}. Open loop: the norms are "
         "the recorded ones; had a rule clipped, later ones would differ."
     )
     return textwrap.shorten(note, 220, placeholder=" ...")
@@ -95,6 +98,8 @@ def _note(replay: Replayed) -> str:
 def _panel(axes: Any, replay: Replayed, row: Row) -> None:
     from matplotlib import ticker
 
+    from optclip.tuning import ticks
+
     record = replay.record
     norms = np.where(record.norms > 0, record.norms, np.nan)
     axes.plot(record.steps, norms, color=GREY, lw=0.7, label="recorded norm")
@@ -102,21 +107,21 @@ def _panel(axes: Any, replay: Replayed, row: Row) -> None:
     shown = np.where(np.isfinite(line) & (line > 0), line, np.nan)
     axes.plot(record.steps, shown, color=BLUE, lw=1.6, label="threshold")
     bottom, top = _limits(norms)
-    if not (np.isfinite(shown) & (shown < top) & (shown > bottom)).any():
-        where = "above" if not (shown < bottom).any() else "below"
-        axes.text(
-            *(0.5, 0.85, f"threshold {where} the picture"),
-            transform=axes.transAxes,
-            ha="center",
-            size=8.5,
-            color=BLUE,
-        )
-    axes.set_yscale("log")
+    what = "norm let through" if row.by_leaf else "threshold"
+    axes.text(
+        *(0.5, 0.85, _out_of_sight(what, shown, bottom, top)),
+        transform=axes.transAxes,
+        ha="center",
+        size=8.5,
+        color=BLUE,
+        bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1},
+        zorder=4,
+    )
+    ticks.on_log_axis(axes, most=5)
     axes.set_ylim(bottom, top)
     axes.margins(x=0.01)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8.5)
-    axes.minorticks_off()
     axes.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
     axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
     axes.set_title(row.method, loc="left", size=9.5, weight="bold", pad=17, color=INK)
@@ -129,6 +134,18 @@ def _panel(axes: Any, replay: Replayed, row: Row) -> None:
         size=8.5,
         color=INK,
     )
+
+
+def _out_of_sight(what: str, line: np.ndarray, bottom: float, top: float) -> str:
+    """What to say of a line that leaves its panel; nothing where it does not."""
+    above, below = (line > top).sum(), (line < bottom).sum()
+    if not np.isfinite(line).any():
+        return f"no {what}"
+    if above + below == np.isfinite(line).sum():
+        return f"{what} {'above' if above else 'below'} the picture"
+    if above:
+        return f"{what} up to {number(float(np.nanmax(line)))}, above the picture"
+    return f"{what} down to {number(float(np.nanmin(line)))}, below the picture" if below else ""
 
 
 def _figures(replay: Replayed, row: Row) -> str:

@@ -34,7 +34,8 @@ class Row(NamedTuple):
         method: Its name.
         clipped: Share of the finite steps that it clips (or skips).
         clipped_last_quarter: The same in the last quarter of the run.
-        worst_spike: The largest norm that comes out, in multiples of the usual norm around it.
+        worst_spike: The largest norm that comes out of one of the record's spikes, in multiples of
+            the usual norm around it; NaN where there is none.
         spikes_through: How many of the record's spikes come out at 5 times the usual norm or more.
         steps_after_rise: How many steps after the level rose for good it goes on taking more than
             10% off most steps; infinite where that never ends, None where the level does not rise.
@@ -68,7 +69,8 @@ class Replayed(NamedTuple):
         record: The run.
         spikes: How many spikes it has: steps at 5 times the usual norm or more, and 4 deviations
             above it.
-        worst_spike: Its largest norm, in multiples of the usual norm around it.
+        worst_spike: The norm of the highest of them, in multiples of the usual norm around it; NaN
+            where there is none.
         rise: The step at which the level rises for good; None where it does not.
         suggestion: What `suggest_threshold` says of the run.
     """
@@ -123,7 +125,7 @@ def row_of(
         method=name,
         clipped=_share(trace.clipped, finite),
         clipped_last_quarter=_share(trace.clipped[last], finite[last]),
-        worst_spike=largest(np.where(finite, out, np.nan)),
+        worst_spike=_largest(out[spikes & finite]),
         spikes_through=int((spikes & finite & (out >= SPIKE_TIMES)).sum()),
         steps_after_rise=after_rise,
         steps_after_spike=max(waits, default=None),
@@ -138,7 +140,7 @@ def _share(clipped: np.ndarray, finite: np.ndarray) -> float:
     return float(clipped[finite].mean()) if finite.any() else 0.0
 
 
-def largest(height: np.ndarray) -> float:
+def _largest(height: np.ndarray) -> float:
     """The largest that is known; NaN where none is."""
     known = height[np.isfinite(height)]
     return float(known.max()) if known.size else math.nan

@@ -8,12 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from optclip.tuning import replay_methods, replay_picture, replay_table, statistics
+from optclip.tuning import (
+    replay_methods,
+    replay_picture,
+    replay_table,
+    statistics,
+    suggestion_text,
+)
 from optclip.tuning.findings import look_at
 from optclip.tuning.records import Record, read
-from optclip.tuning.replay_rows import Replayed, largest, rise_of, row_of
+from optclip.tuning.replay_rows import Replayed, rise_of, row_of
 from optclip.tuning.states import counted_in
 from optclip.tuning.suggesting import suggest_threshold
+
+PLAIN_WIDTH = 100
+"""Letters in a line of a replay that is printed."""
 
 
 class Replay(Replayed):
@@ -21,13 +30,27 @@ class Replay(Replayed):
 
     __slots__ = ()
 
-    def table(self) -> Any:
+    def __str__(self) -> str:
+        """The table as plain text, for `print`; in short where rich is not installed."""
+        try:
+            return replay_table.text(self, PLAIN_WIDTH)
+        except ImportError:
+            return repr(self)
+
+    def __repr__(self) -> str:
+        methods = ", ".join(row.method for row in self.rows)
+        return f"<Replay of {len(self.record.norms):,} steps of {self.record.source}: {methods}>"
+
+    def table(self, width: int | None = None) -> Any:
         """The figures as a `rich.table.Table`.
+
+        Args:
+            width: For how many letters in a line; None: for as many as the terminal has.
 
         Raises:
             ImportError: If rich is not installed.
         """
-        return replay_table.table(self)
+        return replay_table.table(self, width)
 
     def draw(self, path: str | os.PathLike[str]) -> Path:
         """Draws the norms and the threshold of each method; answers with the path of the PNG.
@@ -40,15 +63,25 @@ class Replay(Replayed):
         """
         return replay_picture.draw(self, Path(path))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and None (for infinite or unknown), for `json.dumps`."""
+    def to_dict(self, *, every_step: bool = False) -> dict[str, Any]:
+        """Plain numbers, strings, lists and None (for infinite or unknown), for `json.dumps`.
+
+        Args:
+            every_step: Also the threshold of every step, and the norm that comes out of it.
+        """
+        left_out = () if every_step else ("thresholds", "outputs")
+        rows = [
+            {name: _plain(x) for name, x in row._asdict().items() if name not in left_out}
+            for row in self.rows
+        ]
         return {
             "steps": len(self.record.norms),
             "source": self.record.source,
             "spikes": self.spikes,
             "worst_spike": _plain(self.worst_spike),
             "rise": self.rise,
-            "rows": [{name: _plain(x) for name, x in row._asdict().items()} for row in self.rows],
+            "nonfinite_norms": int((~np.isfinite(self.record.norms)).sum()),
+            "rows": rows,
             "not_replayed": dict(self.not_replayed),
             "suggestion": self.suggestion.to_dict(),
         }
@@ -98,6 +131,8 @@ def replay(
             "optclip.metrics(opt_state) at every step"
         )
     record = read(source, norm_key)
+    if not statistics.ordinary(record.norms).any():
+        raise ValueError(suggestion_text.nothing(record.norms, record.source, "replay"))
     suggestion = suggest_threshold(record)
     chosen = replay_methods.choose(methods, record, suggestion.fared.threshold)
     found = look_at(record)
@@ -113,7 +148,7 @@ def replay(
         not_replayed=chosen.not_replayed,
         record=record,
         spikes=int(found.spikes.sum()),
-        worst_spike=largest(height),
+        worst_spike=math.nan if found.worst is None else float(height[found.worst]),
         rise=None if rise is None else float(record.steps[rise]),
         suggestion=suggestion,
     )

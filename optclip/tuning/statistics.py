@@ -136,9 +136,9 @@ def ordinary(norms: np.ndarray) -> np.ndarray:
 
 def settled(norms: np.ndarray) -> np.ndarray:
     """The ordinary norms after the start-up, in order; of a short run all of them."""
-    after = norms[int(START_UP * len(norms)) :]
-    enough = np.count_nonzero(ordinary(after)) >= 2 * FEWEST
-    return after[ordinary(after)] if enough else norms[ordinary(norms)]
+    known = norms[ordinary(norms)]
+    after = known[int(START_UP * len(known)) :]
+    return after if len(after) >= 2 * FEWEST else known
 
 
 def heights(norms: np.ndarray, height: np.ndarray) -> np.ndarray:

@@ -25,6 +25,12 @@ DIVERGED = 0.05
 """A run whose last norms are not finite has diverged: this share of them, and three at least."""
 
 
+_IN_JSON = {
+    "clip_rate": "clip_rate_expected",
+    "clip_rate_interval": "clip_rate_expected_interval",
+}
+
+
 class Suggestion(NamedTuple):
     """A threshold, or the method that fits better, and why. `print` it to read it.
 
@@ -32,7 +38,7 @@ class Suggestion(NamedTuple):
         threshold: The largest norm to let through; None where a fixed one does not fit.
         interval: Between which thresholds it would lie for other runs like this one (95%).
         percentile: The percentile of the settled norms that the threshold is.
-        clip_rate: Share of steps that it is expected to clip.
+        clip_rate: Share of steps that it is expected to clip: that of the settled norms above it.
         clip_rate_interval: The binomial interval of that share (95%).
         method: What to paste: "optclip.clip_by_global_norm(0.84)" or "optclip.robust_clip()".
         reason: Why, in a sentence.
@@ -43,6 +49,8 @@ class Suggestion(NamedTuple):
         drift: The factor by which the typical norm moves over the run: the largest of these medians
             over the smallest. None where that cannot be told.
         noise: The usual deviation of the log norm above its level: 0.2 is about 20%.
+        steps: How many settled norms it is read from: of the finite ones above 0 all after the
+            first tenth; of a short run all.
         spikes: How many steps stand out: at least 5 times the usual norm around them, and 4
             deviations above it.
         notes: What else a reader should know of the record.
@@ -60,18 +68,32 @@ class Suggestion(NamedTuple):
     level: float
     drift: float | None
     noise: float
+    steps: int
     spikes: int
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain numbers, strings, lists and None, for `json.dumps`."""
-        plain = self._asdict() | {"fared": self.fared._asdict()}
+        """The same as plain numbers, strings, lists and None, for `json.dumps`.
+
+        The two clip rates are called by what tells them apart: "clip_rate_expected" (after the
+        start-up) and, under "fared", "clip_rate_over_the_run".
+        """
+        plain = {_IN_JSON.get(name, name): value for name, value in self._asdict().items()}
+        plain["fared"] = {
+            "clip_rate_over_the_run" if name == "clip_rate" else name: value
+            for name, value in self.fared._asdict().items()
+        }
         return {name: _plain(value) for name, value in plain.items()}
 
     def __str__(self) -> str:
         fared = "" if self.threshold is None else suggestion_text.told(self.fared)
         notes = (f"{note[:1].upper()}{note[1:]}." for note in self.notes)
-        parts = (f"Use {self.method}.", self.reason, fared, self.uncertainty, *notes)
+        use = f"Use {self.method}."
+        if self.steps < statistics.FEWEST:  # nobody may miss it
+            doubt = self.uncertainty or f"{suggestion_text.too_few(self.steps)}."
+            parts = (doubt, f"Until then {use[:1].lower()}{use[1:]}", self.reason, fared, *notes)
+        else:
+            parts = (use, self.reason, fared, self.uncertainty, *notes)
         return " ".join(part for part in parts if part)
 
 
@@ -134,11 +156,14 @@ def _from_record(record: Record) -> Suggestion:
     norms = record.norms
     if not statistics.ordinary(norms).any():
         raise ValueError(suggestion_text.nothing(norms, record.source))
-    course = statistics.course_of(statistics.settled(norms), DEVIATIONS)
+    settled = statistics.settled(norms)
+    course = statistics.course_of(settled, DEVIATIONS)
     found = look_at(record)
     notes = (*record.notes, *suggestion_text.notes(record))
     spikes = int(found.spikes.sum())
-    fared = _fared(norms, _threshold(course), statistics.heights(norms, found.height))
+    height = statistics.heights(norms, found.height)
+    known = np.isfinite(height)
+    fared = _fared(norms, _threshold(course), height, known & found.spikes if spikes else known)
     diverged = _divergence(record)
     if diverged is not None and (course.drift is None or _moves(course)):
         reason = suggestion_text.diverged(diverged, len(norms))
@@ -146,8 +171,11 @@ def _from_record(record: Record) -> Suggestion:
     if _moves(course):
         reason = suggestion_text.moving(course, fared, MOST_DRIFT)
         return _adaptive("optclip.robust_clip()", reason, course, fared, spikes, notes)
+    if diverged is not None:
+        notes = (*notes, suggestion_text.last_finite(diverged, len(norms)))
+    late = len(settled) < int(statistics.ordinary(norms).sum())
     uncertainty = suggestion_text.uncertainty(course, fared.threshold)
-    return _fixed(course, fared, spikes, uncertainty, notes)
+    return _fixed(course, fared, spikes, uncertainty, notes, late)
 
 
 def _from_histogram(counted: Counted) -> Suggestion:
@@ -198,9 +226,11 @@ def _fixed(
     spikes: int,
     uncertainty: str | None,
     notes: tuple[str, ...],
+    late: bool = False,
 ) -> Suggestion:
     threshold, share = fared.threshold, course.sample.share_above(fared.threshold)
     low, high = course.interval
+    few = fared.clip_rate - spikes / course.sample.size <= suggestion_text.FEW_CLIPPED
     return Suggestion(
         threshold=threshold,
         interval=(threshold * low, threshold * high),
@@ -208,12 +238,13 @@ def _fixed(
         clip_rate=share,
         clip_rate_interval=statistics.interval_of_share(share, course.sample.size),
         method=f"optclip.clip_by_global_norm({threshold:.3g})",
-        reason=suggestion_text.fitting(course, threshold, DEVIATIONS, MOST_DRIFT),
+        reason=suggestion_text.fitting(course, threshold, DEVIATIONS, MOST_DRIFT, late, few),
         uncertainty=uncertainty,
         fared=fared,
         level=course.level,
         drift=course.drift,
         noise=course.spread,
+        steps=course.sample.size,
         spikes=spikes,
         notes=notes,
     )
@@ -240,17 +271,20 @@ def _adaptive(
         level=course.level,
         drift=course.drift,
         noise=course.spread,
+        steps=course.sample.size,
         spikes=spikes,
         notes=notes,
     )
 
 
-def _fared(norms: np.ndarray, threshold: float, height: np.ndarray) -> Fared:
+def _fared(norms: np.ndarray, threshold: float, height: np.ndarray, among: np.ndarray) -> Fared:
+    """How a threshold would have fared; the worst of the steps among those."""
+
     def share(part: np.ndarray) -> float | None:
         finite = part[np.isfinite(part)]
         return float((finite > threshold).mean()) if finite.size else None
 
-    known = np.isfinite(height) & np.isfinite(norms)
+    known = among if among.any() else np.isfinite(height)
     after = height[known] * np.minimum(1, threshold / np.maximum(norms[known], threshold))
     return Fared(
         threshold,

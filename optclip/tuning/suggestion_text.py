@@ -4,13 +4,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from optclip.tuning.findings import LOSS_KEYS
-from optclip.tuning.records import Record
-from optclip.tuning.statistics import Course
+from optclip.tuning.records import LOSS_KEYS, Record
+from optclip.tuning.statistics import FEWEST, Course
 from optclip.tuning.wording import number, percent
 
 MANY_CLIPPED = 0.1
 """Share of clipped steps from which on the notes say that the run was clipped."""
+
+
+FEW_CLIPPED = 0.05
+"""Share of clipped steps, but for spikes, up to which they are called few."""
+
+_QUARTERS = ("first", "second", "third", "last")
 
 
 class Fared(NamedTuple):
@@ -18,10 +23,11 @@ class Fared(NamedTuple):
 
     Attributes:
         threshold: The threshold: the one suggested, or what it would be where none fits.
-        clip_rate: Share of the finite steps that it would have clipped.
+        clip_rate: Share of the finite steps that it would have clipped, over the whole run.
         quarters: The same for each quarter of the run, None where it has no finite step; () where
             the order of the norms is not known.
-        worst_before: The largest norm, in multiples of the usual norm around it.
+        worst_before: The norm of the worst spike (of no spike: the largest norm), in multiples of
+            the usual norm around it.
         worst_after: The same after the clip.
     """
 
@@ -32,16 +38,31 @@ class Fared(NamedTuple):
     worst_after: float
 
 
-def fitting(course: Course, threshold: float, deviations: float, most_drift: float) -> str:
-    """Why this threshold."""
+def fitting(
+    course: Course, threshold: float, deviations: float, most_drift: float, late: bool, few: bool
+) -> str:
+    """Why this threshold.
+
+    Args:
+        course: Of the norms.
+        threshold: The threshold.
+        deviations: How many of the noise it lies above the typical norm.
+        most_drift: Up to which one threshold fits.
+        late: Whether the first tenth of the run was left out.
+        few: Whether it clips few steps but spikes.
+    """
+    typical = number(course.level) + (" after the first tenth of the run" if late else "")
     said = (
-        f"That is {threshold / course.level:.2f} times the typical norm of {number(course.level)}, "
-        f"{deviations:g} deviations above it, so it clips spikes and few other steps"
+        f"That is {threshold / course.level:.2f} times the typical norm of {typical}, "
+        f"{deviations:g} deviations above it"
     )
+    if few:
+        said += ", so it clips spikes and few other steps"
     if course.drift is None:
         return f"{said}."
+    then = "it" if late else "the typical norm"
     return (
-        f"{said}; over the run the typical norm moves by a factor of {course.drift:.1f}, and one "
+        f"{said}; over the run {then} moves by a factor of {course.drift:.1f}, and one "
         f"threshold fits up to {most_drift:g}."
     )
 
@@ -70,15 +91,32 @@ def diverged(step: int, count: int) -> str:
     )
 
 
+def too_few(count: int) -> str:
+    """What an answer from so few steps begins with."""
+    return f"{_steps(count)} {'is' if count == 1 else 'are'} too few to tell"
+
+
+def last_finite(step: int, count: int) -> str:
+    """A note on a run that diverged after its typical norm was known."""
+    return (
+        f"the run diverged: no finite norm from step {step:,} of {count:,} on; the threshold is "
+        "that of the steps before"
+    )
+
+
 def told(fared: Fared) -> str:
     """How it would have fared."""
     said = f"On this run it would have clipped {percent(fared.clip_rate)} of the steps"
-    if fared.quarters and None not in fared.quarters:
-        said += f" ({', '.join(percent(x or 0) for x in fared.quarters)} by quarter)"
+    shares = [share for share in fared.quarters if share is not None]
+    if len(shares) == len(_QUARTERS) and any(shares):
+        most = max(range(len(shares)), key=shares.__getitem__)
+        if fared.clip_rate > FEW_CLIPPED and shares[most] > 0.5 * sum(shares):
+            said += f", most of them in the {_QUARTERS[most]} quarter"
+        said += f" ({', '.join(map(percent, shares))} by quarter)"
     if fared.worst_after < fared.worst_before:
         said += (
             f" and brought the worst from {number(fared.worst_before)} to "
-            f"{number(fared.worst_after)} times the usual norm"
+            f"{number(fared.worst_after)} times the norms around it"
         )
     return f"{said}."
 
@@ -87,13 +125,19 @@ def uncertainty(course: Course, threshold: float, ordered: bool = True) -> str |
     """How unsure the threshold is; None where that is not worth a word."""
     low, high = (threshold * factor for factor in course.interval)
     count = course.sample.size
-    steps = f"{count:,} step{'' if count == 1 else 's'}"
-    said = f"From {steps} the threshold is known to lie between {number(low)} and {number(high)}"
+    known = f"the threshold is known to lie between {number(low)} and {number(high)}"
+    if count < FEWEST:
+        return f"{too_few(count)}: from them {known}; record a hundred or more."
+    said = f"From {_steps(count)} {known}"
     if not ordered:
         return f"{said}; whether the typical norm drifts a histogram cannot tell."
     if course.drift is None:
         return f"{said}; to tell whether the typical norm drifts, record a hundred steps or more."
     return f"{said}." if high > 1.1 * low else None
+
+
+def _steps(count: int) -> str:
+    return f"{count:,} step{'' if count == 1 else 's'}"
 
 
 def notes(record: Record) -> list[str]:
@@ -128,10 +172,10 @@ def _learned_nothing(record: Record) -> bool:
     return tenth >= 3 and bool(np.median(known[-tenth:]) >= np.median(known[:tenth]))
 
 
-def nothing(norms: np.ndarray, source: str) -> str:
+def nothing(norms: np.ndarray, source: str, what_for: str = "choose a threshold from") -> str:
     """Why there is no answer."""
     what = "above 0" if np.isfinite(norms).any() else "finite"
     return (
-        f"{source}: none of {len(norms):,} norms is {what}, so there is nothing to choose a "
-        "threshold from; record a run with gradients that are finite and not 0"
+        f"{source}: none of {len(norms):,} norms is {what}, so there is nothing to {what_for}; "
+        "record a run with gradients that are finite and not 0"
     )
