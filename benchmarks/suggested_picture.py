@@ -70,7 +70,7 @@ def _panel(axes: Axes, name: str, compared: dict[str, Any]) -> None:
     axes.set_xscale("log")
     axes.set_ylim(top=top + 0.04 * (top - min(known)))
     axes.set_ylabel("held-out loss (nats)")
-    axes.set_title(name, loc="left", size=10)
+    axes.set_title(f"{name}; losses above {top:.2f} are drawn at the top", loc="left", size=10)
     axes.spines[["top", "right"]].set_visible(False)
     ticks = {0.01: "0.01", 0.1: "0.1", 1.0: "1", 10.0: "10", none: "no clip", learned: "a rule"}
     axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
