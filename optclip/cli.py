@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import optclip
 from optclip import commands
 from optclip.commands import Answer, UsageError
+from optclip.tuning.wording import Unusable
 
 EXAMPLES = """\
 examples:
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         reason = error.strerror or str(error)
         return _failed(name, f"{error.filename}: {reason}" if error.filename else reason)
-    except (UsageError, ValueError) as error:
+    except (UsageError, Unusable) as error:
         return _failed(name, str(error))
     except ImportError as error:
         if 'pip install "optclip[' not in str(error):

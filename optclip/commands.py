@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import optclip
 from optclip.tuning.records import Record, read
+from optclip.tuning.wording import Unusable
 
+PICTURES = (".png", ".svg", ".pdf")
 WITHOUT_TERMINAL = 120  # letters in a line, where nothing says how many there are room for
 
 
@@ -85,7 +87,7 @@ def methods(options: argparse.Namespace) -> Answer:
     from optclip import catalogue
 
     if options.name is not None:
-        method = catalogue.named(options.name)
+        method = _named(options.name)
         manual = catalogue.plain(method.document)
         return Answer((f"{_filled(method.call)}\n\n{manual}",), method.to_dict())
     known = catalogue.methods()
@@ -109,7 +111,7 @@ def _record(options: argparse.Namespace, loss_will_do: bool = False) -> Record:
         raise UsageError(f"there is no file {source}; give the log of a run, one JSON a line")
     try:
         return read(source, options.norm_key, loss_will_do=loss_will_do)
-    except ValueError as error:
+    except Unusable as error:
         raise UsageError(str(error).replace("(norm_key=)", "(--norm-key)")) from None
 
 
@@ -120,6 +122,8 @@ def _writable(out: str | None) -> Path | None:
     path = Path(out) if Path(out).suffix else Path(f"{out}.png")
     if Path(out).is_dir():
         raise UsageError(f"-o {out} is a folder; name the picture too: -o {Path(out) / 'run.png'}")
+    if path.suffix.lower() not in PICTURES:
+        raise UsageError(f"-o {out}: {path.suffix} is no picture; end it in {', '.join(PICTURES)}")
     if not path.parent.is_dir():
         raise UsageError(f"-o {out}: there is no folder {path.parent}; make it first")
     return path
@@ -136,10 +140,8 @@ def _methods_asked(texts: list[str] | None) -> Any:
     """What `replay` takes, of what was typed: "zclip" or "zclip(z_threshold=3)"."""
     if not texts:
         return None
-    from optclip import catalogue
-
     for text in texts:
-        method = catalogue.named(text.partition("(")[0], only_methods=True)
+        method = _named(text.partition("(")[0], only_methods=True)
         needs = [x.name for x in method.arguments if x.default is None and x.name != "inner"]
         if needs and "(" not in text:
             raise UsageError(
@@ -147,18 +149,26 @@ def _methods_asked(texts: list[str] | None) -> Any:
                 f"--method '{text}({', '.join(f'{name}=...' for name in needs)})'"
             )
     if not any("(" in text for text in texts):
-        return [catalogue.named(text).name for text in texts]
+        return [_named(text).name for text in texts]
     return {text: _built(text) for text in texts}
+
+
+def _named(name: str, only_methods: bool = False) -> Any:
+    """The method of that name in the catalogue."""
+    from optclip import catalogue
+
+    try:
+        return catalogue.named(name, only_methods=only_methods)
+    except ValueError as error:  # nothing else is wrong there but the name
+        raise UsageError(str(error)) from None
 
 
 def _built(text: str) -> Any:
     """The transformation that a call with plain numbers, words and the like makes."""
     import optax
 
-    from optclip import catalogue
-
     name, open_bracket, rest = text.strip().partition("(")
-    method = catalogue.named(name)
+    method = _named(name)
     try:
         call = ast.parse(f"f({rest if open_bracket else ')'}", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):

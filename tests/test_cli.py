@@ -263,7 +263,7 @@ def test_tables_fit_their_width(columns, run, monkeypatch):
         ("suggest {log} --norm-key grad", ["no norms under grad", "clip/norm"]),
         ("plot {log} -o none/run.png", ["there is no folder none", "make it first"]),
         ("plot {log} -o empty", ["empty is a folder", "-o empty/run.png"]),
-        ("plot {log} -o run.foo", ["Format 'foo' is not supported", "png"]),
+        ("plot {log} -o run.foo", [".foo is no picture", ".png, .svg, .pdf"]),
         ("replay {log} --thresholds", ["--thresholds goes with --json", "-o replay.png"]),
         ("replay {log} --method zclp", ["no method 'zclp'", "did you mean zclip?"]),
         ("replay {log} --method metrics", ["no method 'metrics'"]),
@@ -328,6 +328,22 @@ def test_what_the_extra_would_bring(run, log, monkeypatch):
         2,
         'optclip plot: pictures need matplotlib: pip install "optclip[tuning]"\n',
     )
+
+
+def test_a_bug_is_no_bad_input(run, log, monkeypatch):
+    def broken(*arguments):
+        raise ValueError("setting an array element with a sequence")
+
+    monkeypatch.setattr("optclip.tuning.replay_methods.drive", broken)
+    with pytest.raises(ValueError, match="array element"):
+        run("replay", str(log), "--json")
+
+
+def test_the_kind_of_picture_is_found_out_first(run, log, monkeypatch):
+    monkeypatch.setattr("optclip.tuning.replaying.replay", lambda *_: pytest.fail("worked for it"))
+    code, _, error = run("replay", str(log), "--json", "-o", "run.jpg")
+    assert code == 2
+    assert ".jpg is no picture" in error
 
 
 def test_ctrl_c(run, log, monkeypatch):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from matplotlib.figure import Figure
 from registry import METHODS, WRAPPERS
 
 import optclip
@@ -224,13 +225,63 @@ def test_columns_of_nothing_are_left_out():
 
 def test_the_worst_spike_is_that_of_the_picture():
     norms = noisy()
-    norms[[100, 200]] = 300, 50
+    norms[200] = 50
     rows = [{"clip/norm": norm, "spike": at == 200} for at, norm in enumerate(norms.tolist())]
     result = replay(rows, {"none": optclip.measure_norms()})
     said = re.search(r"1 spike, (\S+) times the usual norm", finding(rows))
     assert f"{result.worst_spike:.0f}" == said[1]
     assert result.rows[0].worst_spike == result.worst_spike
     assert f"the worst {said[1]}x the usual norm" in str(result).replace("\n", " ")
+
+
+def test_spikes_are_counted_by_height_whatever_the_log_calls_one():
+    columns = {"norm": np.ones(400), "spike": np.arange(400) % 25 == 24}
+    result = replay(columns, ["robust_clip"])
+    assert result.spikes == 0
+    assert math.isnan(result.worst_spike)
+
+
+def test_leaves_that_do_not_make_up_the_norm_are_refused():
+    leaf = noisy()
+    now_and_then = np.where(np.arange(400) % 10 == 0, leaf, np.nan)
+    whole = {"clip/norm": np.hypot(leaf, leaf), "clip/norms/a": leaf, "clip/norms/b": leaf}
+    sparse = whole | {"clip/norms/a": now_and_then, "clip/norms/b": now_and_then}
+    one = {"clip/norm": np.hypot(leaf, leaf), "clip/norms/a": leaf}
+    for log, said in ((sparse, "at 360 of 400 steps"), (one, "at 400 of 400 steps")):
+        for methods in (["adagc"], {"adagc": optclip.adagc()}):
+            result = replay(log, methods)
+            assert said in result.not_replayed["adagc"]
+            assert not result.rows
+    assert replay(whole, ["adagc"]).not_replayed == {}
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e100])
+def test_norms_beyond_float32_are_refused(scale):
+    with pytest.raises(ValueError, match="beyond what float32 can replay"):
+        replay(noisy() * scale, ["robust_clip"])
+
+
+def test_waits_are_in_steps_of_the_run():
+    norms = noisy()
+    norms[200:] *= 4
+    columns = {"norm": norms, "step": 10 * np.arange(400)}
+    (row,), (sparse,) = (replay(x, ["robust_clip"]).rows for x in (norms, columns))
+    assert sparse.steps_after_rise == 10 * row.steps_after_rise > 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_infinity_that_is_skipped_gives_no_warning():
+    assert replay([1.0, math.nan, math.inf]).spikes == 0
+
+
+def test_two_runs_are_drawn_one_after_the_other_and_few_points_are_marked():
+    axes = Figure().subplots()
+    columns = {"norm": noisy(20), "step": np.r_[:10, :10]}
+    result = replay(columns, ["robust_clip"])
+    replay_picture._panel(axes, result, result.rows[0])
+    for line in axes.lines:
+        assert (np.diff(line.get_xdata()) > 0).all()
+        assert line.get_marker() == "."
 
 
 def test_what_cannot_be_replayed_is_said_in_its_own_words():

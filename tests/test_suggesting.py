@@ -266,11 +266,41 @@ def test_a_run_that_was_clipped_is_noted():
     assert suggest_threshold(columns).notes == ()
 
 
-def test_a_run_that_learned_nothing_is_noted():
-    norms = noisy(200)
-    falling, flat = np.linspace(2, 1, 200), np.full(200, 2.3)
-    assert suggest_threshold({"norm": norms, "loss": falling}).notes == ()
-    assert "the loss did not fall" in suggest_threshold({"norm": norms, "loss": flat}).notes[0]
+def test_a_run_whose_loss_rose_is_noted():
+    norms, random = noisy(400), np.random.default_rng(0)
+    rising = np.linspace(1, 2, 400) + 0.1 * random.normal(size=400)
+    assert suggest_threshold({"norm": norms, "loss": rising[::-1]}).notes == ()
+    assert "the loss did not fall" in suggest_threshold({"norm": norms, "loss": rising}).notes[0]
+
+
+def test_the_noise_of_a_flat_loss_is_no_rise():
+    losses = 2 + 0.1 * np.random.default_rng(0).normal(size=(20, 400))
+    noted = [suggest_threshold({"norm": noisy(400), "loss": loss}).notes for loss in losses]
+    assert sum(map(bool, noted)) <= 2
+
+
+def test_a_note_that_asks_ends_in_its_question_mark():
+    columns = {"norm": noisy(40), "step": np.r_[:20, :20]}
+    assert str(suggest_threshold(columns)).endswith("two runs in one file?")
+
+
+def test_a_step_number_is_put_beside_a_step_number():
+    norms = np.where(np.arange(40) < 20, noisy(40), np.nan)
+    columns = {"norm": norms, "step": 100 * np.arange(40)}
+    assert "from step 2,000 of 3,900 on" in str(suggest_threshold(columns))
+
+
+def test_spikes_are_counted_by_height_whatever_the_log_calls_one():
+    columns = {"norm": np.ones(400), "spike": np.arange(400) % 25 == 24}
+    assert suggest_threshold(columns).spikes == 0
+
+
+def test_only_rows_with_a_factor_count_as_clipped():
+    norms = noisy(400)
+    factor = np.where(np.arange(400) % 100 < 30, 0.5, 1.0)
+    factor[1::2] = np.nan
+    (note,) = suggest_threshold({"clip/norm": norms, "clip/factor": factor}).notes
+    assert note.startswith("30% of the steps were clipped")
 
 
 def test_accumulated_gradients_count_once():
@@ -331,6 +361,13 @@ def test_states_with_a_histogram():
     assert 1.1 < answers[0].threshold < 2
     assert answers[0].notes == ("not finite, and left out: 1 of the gradients",)
     assert answers[2].notes == ()  # the histogram alone does not know
+
+
+@pytest.mark.parametrize("hidden", [lambda s: {"train": {"opt": s}}, lambda s: {"all": [{"s": s}]}])
+def test_states_deep_in_mappings_are_found(hidden):
+    state = optclip.measure_norms(histogram=True).init({"w": jnp.zeros(1)})
+    state = state._replace(memory=histogram_of(noisy(100)))
+    assert suggest_threshold(hidden(state)).steps == 100
 
 
 def test_states_without_norms_are_refused_in_one_line():

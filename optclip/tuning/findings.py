@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from optclip.tuning import statistics
 from optclip.tuning.records import LOSS_KEYS, Record, read
 from optclip.tuning.wording import number, percent
 
@@ -17,7 +18,6 @@ NEIGHBOURS = 50
 """What is usual is said by so many steps before, and as many after."""
 
 _FEWEST = 5  # of them that say anything
-_AT_ONCE = 50_000  # steps; keeps the memory that long runs take within bounds
 
 
 class Findings(NamedTuple):
@@ -60,14 +60,21 @@ def finding(source: Any, *, norm_key: str | None = None) -> str:
     return look_at(read(source, norm_key, loss_will_do=True)).sentence
 
 
-def look_at(record: Record) -> Findings:
-    """Makes out what there is to see in a run."""
+def look_at(record: Record, *, marked: bool = True) -> Findings:
+    """Makes out what there is to see in a run.
+
+    Args:
+        record: The run.
+        marked: Whether spikes are what a column "spike" says, where there is one; else by height.
+    """
     usual = usual_norm(record.norms)
     with np.errstate(all="ignore"):
         height = record.norms / usual
-    spikes = _spikes(record, height)
+    spikes = _spikes(height)
+    if marked and "spike" in record.columns:
+        spikes = _is_true(record.columns["spike"], len(height))
     findings = Findings(
-        steps=_places(record.steps),
+        steps=places(record.steps),
         loss=next((record.columns[key] for key in LOSS_KEYS if key in record.columns), None),
         height=height,
         clipped=_clipped(record),
@@ -114,22 +121,14 @@ def _level(values: np.ndarray) -> np.ndarray:
     for at in range(max(0, count - NEIGHBOURS), count - _FEWEST):
         after[at] = np.median(values[at + 1 :])
     if count > NEIGHBOURS:
-        medians = _running_median(values)
+        medians = statistics.moving_median(values, NEIGHBOURS)
         before[NEIGHBOURS:] = medians[:-1]
         after[: count - NEIGHBOURS] = medians[1:]
     # A run's first steps have nothing before them that could say what is usual.
     return np.where(np.isnan(before), np.nan, np.fmax(before, after))
 
 
-def _running_median(values: np.ndarray) -> np.ndarray:
-    windows = np.lib.stride_tricks.sliding_window_view(values, NEIGHBOURS)
-    parts = range(0, len(windows), _AT_ONCE)
-    return np.concatenate([np.median(windows[at : at + _AT_ONCE], axis=1) for at in parts])
-
-
-def _spikes(record: Record, height: np.ndarray) -> np.ndarray:
-    if "spike" in record.columns:
-        return _is_true(record.columns["spike"], len(height))
+def _spikes(height: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
         excess = np.log(height)
     known = np.isfinite(excess)
@@ -200,7 +199,8 @@ def _is_true(column: np.ndarray | None, count: int) -> np.ndarray:
     return np.zeros(count, bool) if column is None else np.nan_to_num(column) != 0
 
 
-def _places(steps: np.ndarray) -> np.ndarray:
+def places(steps: np.ndarray) -> np.ndarray:
+    """Where each step is drawn: its number, or its place where the numbers do not rise."""
     return steps if (np.diff(steps) > 0).all() else np.arange(1.0, len(steps) + 1)
 
 

@@ -17,10 +17,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from optclip.tuning import leaves, ticks
 from optclip.tuning.findings import Findings
 from optclip.tuning.records import Record
-
-# From Okabe and Ito's palette, which the colour-blind can tell apart.
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"
-DARK = "#444444"
+from optclip.tuning.style import BLUE, DARK, FEW_POINTS, GREEN, GREY, ORANGE, PURPLE
+from optclip.tuning.wording import Unusable
 
 MOST_POINTS = 6000
 """Of a line; of longer ones the smallest and the largest value of every stretch are drawn."""
@@ -61,7 +59,7 @@ def _panels(record: Record, findings: Findings) -> list[Panel]:
         rows = min(len(record.leaf_norms), leaves.MOST_ROWS)
         panels.append((max(1.4, 0.7 + 0.16 * rows), _draw_leaves))  # room for its colour bar
     if not panels:
-        raise ValueError(
+        raise Unusable(
             f"there is nothing to draw of {record.source}: no norm is finite and above 0, and no "
             "loss is finite"
         )
@@ -227,7 +225,7 @@ def _line(axis: Axes, steps: np.ndarray, values: np.ndarray, **style: Any) -> No
     if finite.sum() < 0.5 * len(values):  # logged now and then; gaps would hide all of it
         steps, values = steps[finite], values[finite]
     steps, values = thinned(steps, values)
-    marker = "." if finite.sum() <= 30 else None
+    marker = "." if finite.sum() <= FEW_POINTS else None
     axis.plot(steps, values, marker=marker, ms=5, **style)
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from optclip.tuning.findings import look_at
 from optclip.tuning.records import Record, read
+from optclip.tuning.style import NEED_MATPLOTLIB
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,9 +57,7 @@ def plot_run(
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
-        raise ImportError(
-            'pictures need matplotlib: pip install "optclip[tuning]"', name="matplotlib"
-        ) from None
+        raise ImportError(NEED_MATPLOTLIB, name="matplotlib") from None
     if title is None:
         title = findings.sentence
     if subtitle is None:

@@ -1,6 +1,7 @@
 """What a run logged: from a file of JSON lines, rows, columns or a plain array to one `Record`."""
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optclip.tuning.lines import rows_in, rows_of
+from optclip.tuning.wording import Unusable
 
 NORM_KEYS = ("clip/norm", "clip/0/norm", "skip/norm", "grad_norm", "norm")
 """Under which names a norm is looked for, in this order."""
@@ -18,6 +20,7 @@ LOSS_KEYS = ("loss", "train_loss", "train/loss", "training_loss")
 REPEATED = 4
 """So many stretches of equal norms, besides the first and the last, make a log of repeated ones."""
 
+_READINGS = ("threshold", "factor", "clipped_norm", "clip_rate", "nonfinite_steps")
 _PLAIN = {float, int, bool, type(None)}
 """What JSON has nearly everywhere, and NumPy takes as it is: a hundred times as fast."""
 
@@ -31,9 +34,11 @@ class Record(NamedTuple):
         columns: All other numbers that were logged, by name ("loss", "clip/threshold", ...).
         leaf_norms: Norm of each leaf by path, from names such as "clip/norms/dense/kernel".
         source: Where it comes from, for titles and messages.
-        prefix: Of the clip whose norm this is: "clip/", "clip/0/", "skip/" or "".
+        prefix: Of the name of the norm: "clip/", "clip/0/", "skip/", "train/grad_" or "".
         notes: What a reader should know: lines that were dropped, and the like.
         has_norms: Whether there were norms in it at all; else they are all NaN.
+        clip: Prefix of the clip whose threshold and rates are read; None: that of the norm.
+        every: How many steps of the run one row stands for.
     """
 
     norms: np.ndarray
@@ -44,17 +49,20 @@ class Record(NamedTuple):
     prefix: str = "clip/"
     notes: tuple[str, ...] = ()
     has_norms: bool = True
+    clip: str | None = None
+    every: float = 1.0
 
     def reading(self, name: str) -> np.ndarray | None:
         """What the clip itself logged under a name of `optclip.metrics`: "threshold", "factor"."""
-        return self.columns.get(self.prefix + name)
+        return self.columns.get((self.prefix if self.clip is None else self.clip) + name)
 
 
 def read(source: Any, norm_key: str | None = None, *, loss_will_do: bool = False) -> Record:
     """A `Record` of whatever a person has.
 
     Where each norm stands k times in a row, as in a log of the small batches that
-    `optax.MultiSteps` accumulates, it is counted once; a note says so.
+    `optax.MultiSteps` accumulates, it is counted once. Rows without a norm, as of an evaluation
+    between the steps, are left out; a null there is a norm that was not finite. Notes say so.
 
     Args:
         source: A `Record`; the path of a file with one JSON object in each line; rows (a list of
@@ -69,7 +77,7 @@ def read(source: Any, norm_key: str | None = None, *, loss_will_do: bool = False
     """
     if isinstance(source, Record):
         return source
-    return _noted(_once_each(_recorded(source, norm_key, loss_will_do)))
+    return _noted(_once_each(_spaced(_recorded(source, norm_key, loss_will_do))))
 
 
 def _recorded(source: Any, norm_key: str | None, loss_will_do: bool) -> Record:
@@ -89,7 +97,7 @@ def _recorded(source: Any, norm_key: str | None, loss_will_do: bool) -> Record:
             return _from_rows(source, norm_key, "the rows", (), loss_will_do)
     norms = _numbers("the norms", source)
     if not norms.size:
-        raise ValueError("there are no norms in it; pass those of at least one step")
+        raise Unusable("there are no norms in it; pass those of at least one step")
     return Record(norms, np.arange(1, len(norms) + 1), {}, {}, "the norms", prefix="")
 
 
@@ -128,6 +136,15 @@ def _same_as_before(values: np.ndarray) -> np.ndarray:
     return np.insert(same | (np.isnan(values[1:]) & np.isnan(values[:-1])), 0, False)
 
 
+def _spaced(record: Record) -> Record:
+    """The record with how many steps one row stands for, and a note where these are several."""
+    every = float(np.median(np.diff(record.steps))) if len(record.steps) > 1 else 1.0
+    if every <= 1:
+        return record
+    note = f"the log has one row in {every:,.0f} steps; counts and shares are of rows"
+    return record._replace(every=every, notes=(*record.notes, note))
+
+
 def _noted(record: Record) -> Record:
     """The record with a note where its steps do not rise, as of two runs in one file."""
     falls = np.flatnonzero(np.diff(record.steps) <= 0)
@@ -152,13 +169,26 @@ def _columns_of(rows: list[Mapping[str, Any]]) -> dict[str, np.ndarray]:
             kinds = set(map(type, values))
         # A number that was null at every step was never finite; a word or a list is none at all.
         if kinds != {type(None)} or all(row.get(name) is None for row in rows):
-            columns[name] = np.array(values, np.float64)  # None becomes NaN
+            columns[name] = _as_floats(name, values)
     return columns
 
 
-def _number(x: Any) -> float | None:
+def _as_floats(name: str, values: list[Any]) -> np.ndarray:
+    try:
+        return np.array(values, np.float64)  # None becomes NaN
+    except OverflowError:
+        raise Unusable(_too_large(name)) from None
+
+
+def _too_large(name: str) -> str:
+    return f"{name} has a whole number beyond all floats (1.8e308); log it as a float"
+
+
+def _number(x: Any) -> int | float | None:
     """A number from JSON; None for what is none. Numbers that are not finite may be words there."""
-    if isinstance(x, bool | int | float | np.number | np.bool_):
+    if isinstance(x, bool | int):
+        return x
+    if isinstance(x, float | np.number | np.bool_):
         return float(x)
     if isinstance(x, str) and x.lower().lstrip("+-") in ("nan", "inf", "infinity"):
         return float(x)
@@ -170,12 +200,14 @@ def _number(x: Any) -> float | None:
 def _numbers(name: str, values: Any) -> np.ndarray:
     try:
         numbers = np.asarray(values, np.float64)
+    except OverflowError:
+        raise Unusable(_too_large(name)) from None
     except (TypeError, ValueError):
-        raise ValueError(
+        raise Unusable(
             f"{name} must be numbers, one for each step, got {str(values)[:60]}"
         ) from None
     if numbers.ndim != 1:
-        raise ValueError(
+        raise Unusable(
             f"{name} must be of shape (steps,), got {numbers.shape}; of several runs pass one"
         )
     return numbers
@@ -190,16 +222,76 @@ def _from_rows(
 ) -> Record:
     columns = _columns_of(rows)
     keys = _norm_keys(norm_key)
-    if not any(key in columns for key in keys):
-        present = ((key, row[key]) for key in keys for row in rows if row.get(key) is not None)
-        key, value = next(present, (None, None))
-        if key is not None:
-            kind = "as text" if isinstance(value, str) else f"as a {type(value).__name__}"
-            raise ValueError(
-                f"{source} has {key}, but {kind}: {str(value)[:40]!r}; log it as a number, "
-                "float(norm) (json.dumps with default=str makes text of it)"
-            )
+    key = next((key for key in keys if key in columns), None)
+    if key is None:
+        _refuse_other_kinds(rows, keys, source)
+    elif not all(_has_norm(row, key) for row in rows):
+        rows = _joined(rows)
+        kept = [row for row in rows if _has_norm(row, key) or (loss_will_do and _has_loss(row))]
+        if left_out := len(rows) - len(kept):
+            said = "1 row" if left_out == 1 else f"{left_out:,} rows"
+            notes = (*notes, f"{said} without a number for {key} left out")
+        columns = _columns_of(kept)
     return _from_columns(columns, norm_key, source, notes, loss_will_do)
+
+
+def _has_norm(row: Mapping[str, Any], key: str) -> bool:
+    """Whether a row has a norm, or a null for one that was not finite; a list or a word is none."""
+    value = row.get(key)
+    return key in row if value is None else _number(value) is not None
+
+
+def _has_loss(row: Mapping[str, Any]) -> bool:
+    return any(key in row for key in LOSS_KEYS)
+
+
+def _joined(rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows, where two of a step that have no other name in common are one.
+
+    So are those of a norm and a loss, or of an evaluation, that were logged one after the other.
+    """
+    joined: list[Mapping[str, Any]] = []
+    for row in rows:
+        before = joined[-1] if joined else {}
+        alone = row.keys() & before.keys() == {"step"}
+        if alone and _number(row["step"]) == _number(before["step"]):
+            joined[-1] = {**before, **row}
+        else:
+            joined.append(row)
+    return joined
+
+
+def _refuse_other_kinds(rows: list[Mapping[str, Any]], keys: tuple[str, ...], source: str) -> None:
+    """Says what is wrong where a norm is there, but not as a number under a flat name."""
+    present = ((key, row[key]) for key in keys for row in rows if row.get(key) is not None)
+    key, value = next(present, (None, None))
+    if key is not None:
+        kind = "as text" if isinstance(value, str) else f"as a {type(value).__name__}"
+        raise Unusable(
+            f"{source} has {key}, but {kind}: {_shown(value)!r}; log it as a number, "
+            "float(norm) (json.dumps with default=str makes text of it)"
+        )
+    for key in keys:
+        if any(_is_nested(row, key.split("/")) for row in rows):
+            raise Unusable(
+                f"{source} has {key}, but nested: {key.split('/')[0]} holds an object; log flat "
+                f'names, {{"{key}": 0.7}}, as optclip.metrics(opt_state) gives them'
+            )
+
+
+def _shown(value: Any) -> str:
+    try:
+        return str(value)[:40]
+    except RecursionError:
+        return "too deeply nested to show"
+
+
+def _is_nested(row: Any, parts: list[str]) -> bool:
+    for part in parts:
+        if not isinstance(row, Mapping) or part not in row:
+            return False
+        row = row[part]
+    return len(parts) > 1
 
 
 def _norm_keys(norm_key: str | None) -> tuple[str, ...]:
@@ -223,7 +315,7 @@ def _from_columns(
     if key is None:
         known = ", ".join(list(columns)[:12]) or "nothing"
         known += f" and {len(columns) - 12} more" if len(columns) > 12 else ""
-        raise ValueError(
+        raise Unusable(
             f"{source} has no norms under {' or '.join(keys)}; it has {known}. Log "
             "optclip.metrics(opt_state) at every step, or name the key of the norm (norm_key=)"
         )
@@ -231,6 +323,8 @@ def _from_columns(
     norms = columns.pop(key)
     prefix = key.removesuffix("norm")
     leaves = f"{prefix}norms/"
+    if not any(name.startswith(leaves) for name in columns):
+        leaves = "clip/norms/"  # of the clip beside a norm that was logged by hand
     leaf_norms = {
         name.removeprefix(leaves): columns.pop(name)
         for name in list(columns)
@@ -241,5 +335,27 @@ def _from_columns(
     steps = np.where(np.isfinite(steps), steps, numbers)
     wrong = [name for name, x in (columns | leaf_norms).items() if len(x) != len(norms)]
     if wrong:
-        raise ValueError(f"{wrong[0]} has not as many values as {key}, which has {len(norms)}")
-    return Record(norms, steps, columns, leaf_norms, source, prefix, notes, has_norms)
+        raise Unusable(f"{wrong[0]} has not as many values as {key}, which has {len(norms)}")
+    clips = _clips(columns)
+    clip = _clip_with_threshold(columns, prefix, clips)
+    if len(clips) > 1:
+        notes = (*notes, f"{len(clips)} clips in the log; norm of {key}, threshold of {clip[:-1]}")
+    return Record(norms, steps, columns, leaf_norms, source, prefix, notes, has_norms, clip)
+
+
+def _clips(columns: Mapping[str, np.ndarray]) -> list[str]:
+    """The prefixes of the clips in a log, in the order of the chain."""
+    found = (re.fullmatch(r"(clip/(?:(\d+)/)?)threshold", name) for name in columns)
+    return [match[1] for match in sorted(filter(None, found), key=lambda m: int(m[2] or 0))]
+
+
+def _clip_with_threshold(columns: Mapping[str, np.ndarray], prefix: str, clips: list[str]) -> str:
+    """The clip whose threshold is read: that of the norm, if it has a finite one; else the first.
+
+    The norm of a chain is that of its first clip, which may only measure.
+    """
+    for clip in (prefix, *clips):
+        threshold = columns.get(f"{clip}threshold")
+        if threshold is not None and np.isfinite(threshold).any():
+            return clip
+    return prefix if any(f"{prefix}{name}" in columns for name in _READINGS) else "clip/"

@@ -10,7 +10,9 @@ import optax
 
 import optclip
 from optclip.clipping import NO_PARAMS_MSG
+from optclip.tuning import statistics, suggestion_text
 from optclip.tuning.records import Record
+from optclip.tuning.wording import Unusable, number
 
 LEARNED = (
     "robust_clip",
@@ -31,6 +33,12 @@ NO_LEAVES = (
     "takes the norm of each leaf, and none were recorded; record a run with "
     "optclip.measure_norms(detail=True) and log optclip.metrics(opt_state, params)"
 )
+
+LEAST, MOST = 1e-30, 1e30
+"""Between which the median of the norms has to lie: a replay runs in float32."""
+
+NEARLY, WITHIN = 0.95, 0.01
+"""At this share of the steps the norms of the leaves have to make up the norm, to so much of it."""
 
 NOT_REPLAYABLE = {
     "adaptive_grad_clip": "takes the norms of the parameters and of single units",
@@ -79,6 +87,23 @@ class Trace(NamedTuple):
     clipped: np.ndarray
 
 
+def need_replayable(record: Record) -> None:
+    """Refuses a record whose norms cannot be replayed.
+
+    Raises:
+        Unusable: With one line that says why.
+    """
+    ordinary = record.norms[statistics.ordinary(record.norms)]
+    if not ordinary.size:
+        raise Unusable(suggestion_text.nothing(record.norms, record.source, "replay"))
+    usual = float(np.median(ordinary))
+    if not LEAST <= usual <= MOST:
+        raise Unusable(
+            f"{record.source}: the usual norm of {number(usual)} is beyond what float32 can replay "
+            f"({LEAST:g} to {MOST:g}); multiply all norms by a constant first"
+        )
+
+
 def choose(methods: Any, record: Record, threshold: float) -> Chosen:
     """What to replay of what was asked for.
 
@@ -104,7 +129,7 @@ def choose(methods: Any, record: Record, threshold: float) -> Chosen:
         why = chosen.not_replayed | NOT_REPLAYABLE | missing
         return Chosen(first | chosen.methods, dict(sorted(why.items())))
     if isinstance(methods, str) or not isinstance(methods, Iterable):
-        raise ValueError(
+        raise Unusable(
             f"methods must be a list of names or a mapping from name to transformation, got "
             f"{methods!r}; pass ['robust_clip', 'zclip'], or leave it out for all"
         )
@@ -116,36 +141,57 @@ def _of_names(names: Iterable[Any], record: Record) -> Chosen:
     for name in names:
         if name in NEEDS_A_NUMBER:
             code = NEEDS_A_NUMBER[name]
-            raise ValueError(f"{name} has no default for its threshold; pass {{'mine': {code}}}")
+            raise Unusable(f"{name} has no default for its threshold; pass {{'mine': {code}}}")
         if name in NOT_REPLAYABLE:
             chosen.not_replayed[name] = NOT_REPLAYABLE[name]
-        elif name in BY_LEAF and not record.leaf_norms:
-            chosen.not_replayed[name] = NO_LEAVES
+        elif name in BY_LEAF and (why := _without_leaves(record)):
+            chosen.not_replayed[name] = why
         elif name == "skip_spikes":
             chosen.methods[name] = (optclip.skip_spikes(optax.identity()), False)
         elif name in LEARNED:
             chosen.methods[name] = (getattr(optclip, name)(), name in BY_LEAF)
         else:
-            raise ValueError(
+            raise Unusable(
                 f"no method to replay is called {name!r}; there are {', '.join(LEARNED)}, and any "
                 "transformation in a mapping: {'mine': optclip.robust_clip(3.0)}"
             )
     return chosen
 
 
+def _without_leaves(record: Record) -> str | None:
+    """Why a record cannot be replayed leaf by leaf; None if it can.
+
+    With leaves or steps left out a rule would learn thresholds from what was never a gradient.
+    """
+    if not record.leaf_norms:
+        return NO_LEAVES
+    known = statistics.ordinary(record.norms)
+    total = np.zeros(int(known.sum()))
+    for norms in record.leaf_norms.values():
+        total += (norms[known] / record.norms[known]) ** 2
+    fits = np.abs(np.sqrt(total) - 1) <= WITHIN
+    if fits.mean() >= NEARLY:
+        return None
+    return (
+        f"takes the norm of each leaf, and at {(~fits).sum():,} of {len(fits):,} steps those "
+        "recorded do not make up the norm; log those of all leaves at every step, "
+        "optclip.metrics(opt_state, params)"
+    )
+
+
 def _of_mapping(methods: Mapping[str, Any], record: Record) -> Chosen:
     chosen = Chosen({}, {})
     for name, transform in methods.items():
         if not (hasattr(transform, "init") and hasattr(transform, "update")):
-            raise ValueError(
+            raise Unusable(
                 f"methods[{name!r}] must be a transformation, such as optclip.robust_clip(), got "
                 f"{transform!r}"
             )
         by_leaf = _takes_leaves(transform, record)
         if isinstance(by_leaf, str):
             chosen.not_replayed[name] = by_leaf
-        elif by_leaf and not record.leaf_norms:
-            chosen.not_replayed[name] = NO_LEAVES
+        elif by_leaf and (why := _without_leaves(record)):
+            chosen.not_replayed[name] = why
         else:
             chosen.methods[name] = (transform, by_leaf)
     return chosen
@@ -156,7 +202,7 @@ def _takes_leaves(transform: Any, record: Record) -> bool | str:
 
     It is tried out on two leaves whose norms are known: what it reads tells what it measures.
     """
-    paths = (*record.leaf_norms, "a", "b")[:2]
+    paths = list(dict.fromkeys((*record.leaf_norms, "a", "b")))[:2]
     entries = (jnp.array([3e15, 4e15]), jnp.array([12e14, 0.0]))
     gradient = dict(zip(paths, entries, strict=True))
     try:

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from optclip.tuning.findings import SPIKE_TIMES
+from optclip.tuning.findings import SPIKE_TIMES, places
 from optclip.tuning.replay_rows import Replayed, Row
 from optclip.tuning.replay_table import without_norms
-from optclip.tuning.wording import number, percent, steps_taken, times
+from optclip.tuning.style import BLUE, FEW_POINTS, GREY, INK, NEED_MATPLOTLIB
+from optclip.tuning.wording import Unusable, number, percent, steps_taken, times
 
-# From Okabe and Ito's palette, which the colour-blind can tell apart.
-BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#999999", "#222222"
 WIDTH, PANEL, FOOT = 8.0, 1.75, 0.5
 """Inches: of the picture, of the height of a row of panels, and below them."""
 DOTS = 120
@@ -36,9 +35,9 @@ def draw(replay: Replayed, path: Path) -> Path:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError('pictures need matplotlib: pip install "optclip[tuning]"') from None
+        raise ImportError(NEED_MATPLOTLIB) from None
     if not replay.rows:
-        raise ValueError("there is no method to draw; replay one that is in optclip.tuning's list")
+        raise Unusable("there is no method to draw; replay one that is in optclip.tuning's list")
     columns = min(2, len(replay.rows))
     lines = math.ceil(len(replay.rows) / columns)
     title, note = textwrap.fill(finding(replay), 78), textwrap.fill(_note(replay), 118)
@@ -47,13 +46,15 @@ def draw(replay: Replayed, path: Path) -> Path:
     figure = Figure(figsize=(WIDTH, height), dpi=DOTS)
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     figure.subplots_adjust(0.105, FOOT / height, 0.97, 1 - head / height, 0.07, 0.5)
+    rise = bool((np.diff(replay.record.steps) > 0).all())
+    label = "step" if rise else "logged step, in order"
     for place, axes in enumerate(grid.flat):
         axes.set_visible(place < len(replay.rows))
         if place < len(replay.rows):
             _panel(axes, replay, replay.rows[place])
         if len(replay.rows) - columns <= place < len(replay.rows):  # the lowest of its column
             axes.tick_params(labelbottom=True)
-            axes.set_xlabel("step", size=9, labelpad=2)
+            axes.set_xlabel(label, size=9, labelpad=2)
     for axes in grid[:, 0]:
         axes.set_ylabel("gradient norm\n(log axis)", size=9)
     _head(figure, title, note, height)
@@ -102,10 +103,12 @@ def _panel(axes: Any, replay: Replayed, row: Row) -> None:
 
     record = replay.record
     norms = np.where(record.norms > 0, record.norms, np.nan)
-    axes.plot(record.steps, norms, color=GREY, lw=0.7, label="recorded norm")
+    steps = places(record.steps)
+    marks = {"marker": "." if len(steps) <= FEW_POINTS else None, "ms": 5}
+    axes.plot(steps, norms, color=GREY, lw=0.7, label="recorded norm", **marks)
     line = row.outputs if row.by_leaf else row.thresholds
     shown = np.where(np.isfinite(line) & (line > 0), line, np.nan)
-    axes.plot(record.steps, shown, color=BLUE, lw=1.6, label="threshold")
+    axes.plot(steps, shown, color=BLUE, lw=1.6, label="threshold", **marks)
     bottom, top = _limits(norms)
     what = "norm let through" if row.by_leaf else "threshold"
     axes.text(

@@ -45,6 +45,8 @@ class Row(NamedTuple):
         by_leaf: Whether it clips leaf by leaf; its thresholds then are the smallest of any leaf.
         thresholds: The threshold of every step; infinite where the method does not clip.
         outputs: The norm that comes out of every step; 0 where it is skipped.
+
+    All waits are in steps of the run, also where only some of its steps were logged.
     """
 
     method: str
@@ -107,7 +109,7 @@ def row_of(
     finite = np.isfinite(norms)
     with np.errstate(all="ignore"):
         kept = np.where(norms > 0, trace.outputs / norms, 1.0)
-    out = height * kept
+        out = height * kept  # NaN for an infinity that was skipped
     last = slice(len(norms) - max(1, len(norms) // 4), None)
     known = finite & (norms > 0)
     cut = kept[known] < CUT
@@ -133,6 +135,15 @@ def row_of(
         by_leaf=by_leaf,
         thresholds=trace.thresholds,
         outputs=trace.outputs,
+    )
+
+
+def in_steps(row: Row, every: float) -> Row:
+    """The row with its waits in steps of the run, of which every so many were logged."""
+    rise, spike = row.steps_after_rise, row.steps_after_spike
+    return row._replace(
+        steps_after_rise=None if rise is None else rise * every,
+        steps_after_spike=None if spike is None else spike * every,
     )
 
 

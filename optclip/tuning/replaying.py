@@ -13,13 +13,13 @@ from optclip.tuning import (
     replay_picture,
     replay_table,
     statistics,
-    suggestion_text,
 )
 from optclip.tuning.findings import look_at
 from optclip.tuning.records import Record, read
-from optclip.tuning.replay_rows import Replayed, rise_of, row_of
+from optclip.tuning.replay_rows import Replayed, in_steps, rise_of, row_of
 from optclip.tuning.states import counted_in
 from optclip.tuning.suggesting import suggest_threshold
+from optclip.tuning.wording import Unusable
 
 PLAIN_WIDTH = 100
 """Letters in a line of a replay that is printed."""
@@ -126,30 +126,30 @@ def replay(
         robust 0 True
     """
     if not isinstance(source, Record) and counted_in(source) is not None:
-        raise ValueError(
+        raise Unusable(
             "a histogram does not know the order of the norms, which a replay needs; log "
             "optclip.metrics(opt_state) at every step"
         )
     record = read(source, norm_key)
-    if not statistics.ordinary(record.norms).any():
-        raise ValueError(suggestion_text.nothing(record.norms, record.source, "replay"))
+    replay_methods.need_replayable(record)
     suggestion = suggest_threshold(record)
     chosen = replay_methods.choose(methods, record, suggestion.fared.threshold)
-    found = look_at(record)
+    found = look_at(record, marked=False)
     rise = rise_of(record.norms)
     height = statistics.heights(record.norms, found.height)
     rows = []
     for name, (transform, by_leaf) in chosen.methods.items():
         leaf_norms = record.leaf_norms if by_leaf else {}
         trace = replay_methods.drive(transform, record.norms, leaf_norms)
-        rows.append(row_of(name, trace, record.norms, height, found.spikes, rise, by_leaf))
+        row = row_of(name, trace, record.norms, height, found.spikes, rise, by_leaf)
+        rows.append(in_steps(row, record.every))
     return Replay(
         rows=tuple(rows),
         not_replayed=chosen.not_replayed,
         record=record,
         spikes=int(found.spikes.sum()),
         worst_spike=math.nan if found.worst is None else float(height[found.worst]),
-        rise=None if rise is None else float(record.steps[rise]),
+        rise=None if rise is None else float(found.steps[rise]),
         suggestion=suggestion,
     )
 

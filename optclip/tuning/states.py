@@ -12,6 +12,7 @@ from optclip.histograms import NormHistogram
 from optclip.scopes import is_variable
 from optclip.skipping import SafeguardState, SkipState
 from optclip.state import ClipState
+from optclip.tuning.wording import Unusable
 
 
 class Counted(NamedTuple):
@@ -41,7 +42,7 @@ def counted_in(source: Any) -> Counted | None:
     if found:
         return _counted(found[0], len(found))
     if clips:
-        raise ValueError(
+        raise Unusable(
             "no clip in this state keeps the norms of its steps; put "
             "optclip.measure_norms(histogram=True) first in the chain, or log optclip.metrics"
         )
@@ -53,8 +54,14 @@ def _is_log(source: Any) -> bool:
     if isinstance(source, list):
         return not source or not isinstance(source[0], tuple)
     if isinstance(source, Mapping):
-        return not any(isinstance(value, tuple) for value in source.values())
+        return all(_is_column(value) for value in source.values())
     return False
+
+
+def _is_column(value: Any) -> bool:
+    return isinstance(value, np.ndarray | jax.Array) or (
+        isinstance(value, list) and (not value or not isinstance(value[0], tuple | Mapping))
+    )
 
 
 def _clips_in(source: Any) -> Iterator[Any]:
@@ -74,7 +81,7 @@ def _memory(clip: Any) -> Any:
 def _counted(clip: Any, found: int) -> Counted:
     counts = np.asarray(_array(_memory(clip).counts), np.int64)
     if counts.shape != (histograms.BINS,):
-        raise ValueError(
+        raise Unusable(
             f"the counts of one histogram have shape {(histograms.BINS,)}, got {counts.shape}; of "
             "several runs or replicas pass one, or what optclip.histograms.merged makes of them"
         )
@@ -86,7 +93,7 @@ def _counted(clip: Any, found: int) -> Counted:
     if outside := int(counts[~known].sum()):
         notes.append(f"below 2^-64 or from 2^64 on, and left out: {outside:,} of the norms")
     if not known.any():
-        raise ValueError("the histogram is empty, so there is nothing to choose from; train first")
+        raise Unusable("the histogram is empty, so there is nothing to choose from; train first")
     return Counted(norms[known], counts[known], tuple(notes))
 
 

@@ -11,6 +11,7 @@ from optclip.tuning.records import Record, read
 from optclip.tuning.states import Counted, counted_in
 from optclip.tuning.statistics import Course, Sample
 from optclip.tuning.suggestion_text import Fared
+from optclip.tuning.wording import Unusable
 
 DEVIATIONS = 2.0
 """How many deviations of the log norm the threshold lies above the level."""
@@ -87,7 +88,7 @@ class Suggestion(NamedTuple):
 
     def __str__(self) -> str:
         fared = "" if self.threshold is None else suggestion_text.told(self.fared)
-        notes = (f"{note[:1].upper()}{note[1:]}." for note in self.notes)
+        notes = (suggestion_text.sentence(note) for note in self.notes)
         use = f"Use {self.method}."
         if self.steps < statistics.FEWEST:  # nobody may miss it
             doubt = self.uncertainty or f"{suggestion_text.too_few(self.steps)}."
@@ -126,7 +127,10 @@ def suggest_threshold(source: Any, *, norm_key: str | None = None) -> Suggestion
             of dicts) or columns (a dict of arrays) with the names of `optclip.metrics`, the norms
             themselves, or a `Record`. Or an `optclip.histograms.NormHistogram`, or any optimizer
             state with one in it (`optclip.measure_norms(histogram=True)`), which knows no order in
-            time, and so no drift.
+            time, and so no drift. Either way the norm has to be the 2-norm of the whole gradient,
+            as `optclip.measure_norms()` logs it: neither a log nor a histogram tells which norm it
+            is of, and the norms of `clip_by_value` (the largest entry), of `clip_by_block_rms` or
+            of another `ord` give a threshold that does not fit `clip_by_global_norm`.
         norm_key: The name of the norm in a log, where it is none of the usual ones.
 
     Returns:
@@ -155,24 +159,24 @@ def suggest_threshold(source: Any, *, norm_key: str | None = None) -> Suggestion
 def _from_record(record: Record) -> Suggestion:
     norms = record.norms
     if not statistics.ordinary(norms).any():
-        raise ValueError(suggestion_text.nothing(norms, record.source))
+        raise Unusable(suggestion_text.nothing(norms, record.source))
     settled = statistics.settled(norms)
     course = statistics.course_of(settled, DEVIATIONS)
-    found = look_at(record)
+    found = look_at(record, marked=False)
     notes = (*record.notes, *suggestion_text.notes(record))
     spikes = int(found.spikes.sum())
     height = statistics.heights(norms, found.height)
     known = np.isfinite(height)
     fared = _fared(norms, _threshold(course), height, known & found.spikes if spikes else known)
-    diverged = _divergence(record)
+    diverged = _divergence(norms, found.steps)
     if diverged is not None and (course.drift is None or _moves(course)):
-        reason = suggestion_text.diverged(diverged, len(norms))
+        reason = suggestion_text.diverged(diverged, int(found.steps[-1]))
         return _adaptive("optclip.safeguard(optimizer)", reason, course, fared, spikes, notes)
     if _moves(course):
         reason = suggestion_text.moving(course, fared, MOST_DRIFT)
         return _adaptive("optclip.robust_clip()", reason, course, fared, spikes, notes)
     if diverged is not None:
-        notes = (*notes, suggestion_text.last_finite(diverged, len(norms)))
+        notes = (*notes, suggestion_text.last_finite(diverged, int(found.steps[-1])))
     late = len(settled) < int(statistics.ordinary(norms).sum())
     uncertainty = suggestion_text.uncertainty(course, fared.threshold)
     return _fixed(course, fared, spikes, uncertainty, notes, late)
@@ -206,18 +210,18 @@ def _moves(course: Course) -> bool:
     return course.drift is not None and course.drift > most
 
 
-def _divergence(record: Record) -> int | None:
+def _divergence(norms: np.ndarray, steps: np.ndarray) -> int | None:
     """The first of the last steps, if none of them is finite; None for a run that did not diverge.
 
     In a log that has a norm only now and then gaps are as usual at the end as elsewhere.
     """
-    finite = np.flatnonzero(np.isfinite(record.norms))
-    end, count = int(finite[-1]) + 1, len(record.norms)
+    finite = np.flatnonzero(np.isfinite(norms))
+    end, count = int(finite[-1]) + 1, len(norms)
     usual = np.diff(finite, prepend=-1).max() - 1
     missing = count - end
     if missing < max(3, DIVERGED * count) or missing <= 2 * usual:
         return None
-    return int(record.steps[end])
+    return int(steps[end])
 
 
 def _fixed(
@@ -231,22 +235,15 @@ def _fixed(
     threshold, share = fared.threshold, course.sample.share_above(fared.threshold)
     low, high = course.interval
     few = fared.clip_rate - spikes / course.sample.size <= suggestion_text.FEW_CLIPPED
-    return Suggestion(
+    reason = suggestion_text.fitting(course, threshold, DEVIATIONS, MOST_DRIFT, late, few)
+    method = f"optclip.clip_by_global_norm({threshold:.3g})"
+    return _adaptive(method, reason, course, fared, spikes, notes)._replace(
         threshold=threshold,
         interval=(threshold * low, threshold * high),
         percentile=100 * (1 - share),
         clip_rate=share,
         clip_rate_interval=statistics.interval_of_share(share, course.sample.size),
-        method=f"optclip.clip_by_global_norm({threshold:.3g})",
-        reason=suggestion_text.fitting(course, threshold, DEVIATIONS, MOST_DRIFT, late, few),
         uncertainty=uncertainty,
-        fared=fared,
-        level=course.level,
-        drift=course.drift,
-        noise=course.spread,
-        steps=course.sample.size,
-        spikes=spikes,
-        notes=notes,
     )
 
 

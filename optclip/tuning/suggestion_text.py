@@ -82,10 +82,10 @@ def moving(course: Course, fared: Fared, most_drift: float) -> str:
     )
 
 
-def diverged(step: int, count: int) -> str:
+def diverged(step: int, last: int) -> str:
     """Why no threshold can be told from a run that diverged."""
     return (
-        f"The run diverged (no finite norm from step {step:,} of {count:,} on) before a typical "
+        f"The run diverged (no finite norm from step {step:,} of {last:,} on) before a typical "
         "norm could be told; safeguard holds spikes and bounds each update relative to the "
         "parameters, or record a run with a smaller learning rate."
     )
@@ -96,10 +96,10 @@ def too_few(count: int) -> str:
     return f"{_steps(count)} {'is' if count == 1 else 'are'} too few to tell"
 
 
-def last_finite(step: int, count: int) -> str:
+def last_finite(step: int, last: int) -> str:
     """A note on a run that diverged after its typical norm was known."""
     return (
-        f"the run diverged: no finite norm from step {step:,} of {count:,} on; the threshold is "
+        f"the run diverged: no finite norm from step {step:,} of {last:,} on; the threshold is "
         "that of the steps before"
     )
 
@@ -140,6 +140,11 @@ def _steps(count: int) -> str:
     return f"{count:,} step{'' if count == 1 else 's'}"
 
 
+def sentence(note: str) -> str:
+    """A note as a sentence of its own."""
+    return f"{note[:1].upper()}{note[1:]}{'' if note.endswith('?') else '.'}"
+
+
 def notes(record: Record) -> list[str]:
     """What else a reader should know of a record."""
     norms, count = record.norms, len(record.norms)
@@ -150,7 +155,8 @@ def notes(record: Record) -> list[str]:
     if zero:
         said.append(f"{zero:,} of {count:,} norms 0, and left out")
     factor = record.reading("factor")
-    clipped = 0.0 if factor is None else float((factor < 1).mean())
+    known = np.zeros(0) if factor is None else factor[np.isfinite(factor)]
+    clipped = float((known < 1).mean()) if known.size else 0.0
     if clipped > MANY_CLIPPED:
         said.append(
             f"{percent(clipped)} of the steps were clipped; without that the norms would have been "
@@ -158,18 +164,22 @@ def notes(record: Record) -> list[str]:
         )
     if _learned_nothing(record):
         said.append(
-            "the loss did not fall over the run, so its norms are those of a run that goes wrong; "
+            "the loss did not fall over the run, and with it the norms would have been others; "
             "record one with a smaller learning rate"
         )
     return said
 
 
 def _learned_nothing(record: Record) -> bool:
-    """Whether the loss of the last tenth is no lower than that of the first."""
+    """Whether the loss of the last tenth is above that of the first, by two standard errors."""
     loss = next((record.columns[key] for key in LOSS_KEYS if key in record.columns), np.zeros(0))
     known = loss[np.isfinite(loss)]
     tenth = len(known) // 10
-    return tenth >= 3 and bool(np.median(known[-tenth:]) >= np.median(known[:tenth]))
+    if tenth < 3:
+        return False
+    first, last = known[:tenth], known[-tenth:]
+    error = np.sqrt((first.var(ddof=1) + last.var(ddof=1)) / tenth)
+    return bool(last.mean() - first.mean() > 2 * error)
 
 
 def nothing(norms: np.ndarray, source: str, what_for: str = "choose a threshold from") -> str:

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from optclip.tuning.style import BLUE, GREEN, NEED_MATPLOTLIB, ORANGE
 from optclip.tuning.wording import percent
 
 if TYPE_CHECKING:
     from optclip.tuning.sweep_result import Sweep
 
-# From Okabe and Ito's palette, which the colour-blind can tell apart.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+GREY = "#666666"  # darker than that of the other pictures: here it is the ink of words
 
 
 def table(sweep: "Sweep") -> Any:
@@ -42,7 +42,7 @@ def draw(sweep: "Sweep", path: str | os.PathLike[str] | None, subtitle: str) -> 
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError('pictures need matplotlib: pip install "optclip[tuning]"') from None
+        raise ImportError(NEED_MATPLOTLIB) from None
     figure = Figure(figsize=(8, 4.4), dpi=120, layout="constrained")
     axes = figure.subplots()
     places = _places(sweep.thresholds)

@@ -3,6 +3,10 @@
 import math
 
 
+class Unusable(ValueError):
+    """What was given cannot be used; its one line says how to mend it."""
+
+
 def percent(share: float) -> str:
     """A share; never rounded to all or nothing."""
     if 0 < share < 0.0995 or 0.9905 < share < 1:
