@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optclip.planning import is_floating
-from optclip.scopes import is_variable, leaves_with_paths
+from optclip.scopes import array_in, leaves_with_paths
 from optclip.skipping import SafeguardState, SkipState
 from optclip.state import ClipState, LeafDetail
 
@@ -71,7 +71,7 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
         for place, values in enumerate(readings):
             prefix = kind if len(readings) == 1 else f"{kind}/{place}"
             detail = values.pop("detail", ())
-            result |= {f"{prefix}/{name}": _array(x) for name, x in values.items()}
+            result |= {f"{prefix}/{name}": array_in(x) for name, x in values.items()}
             if params is not None and detail:
                 result |= {f"{prefix}/{name}": x for name, x in _named(detail, params)}
     return result
@@ -82,7 +82,7 @@ def _named(detail: Any, params: Any) -> Iterator[tuple[str, jax.Array]]:
     given = isinstance(params, list | tuple) and all(isinstance(name, str) for name in params)
     names = list(params) if given else _paths(params) if isinstance(detail, LeafDetail) else []
     for what, vector in detail._asdict().items():
-        numbers = list(_array(vector))
+        numbers = list(array_in(vector))
         fitting = names if len(names) == len(numbers) else range(len(numbers))
         for name, x in zip(fitting, numbers, strict=True):
             yield f"{what}/{name}", x
@@ -112,8 +112,3 @@ def _found(state: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _fields(node: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: getattr(node, name) for name in names}
-
-
-def _array(x: Any) -> jax.Array:
-    """The array in a leaf; `nnx.Optimizer` wraps its leaves in variables."""
-    return x.get_value() if is_variable(x) else x

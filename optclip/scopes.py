@@ -172,6 +172,11 @@ def is_variable(node: Any) -> bool:
     return hasattr(node, "get_value")
 
 
+def array_in(node: Any) -> Any:
+    """The array in a leaf of a state; `nnx.Optimizer` wraps its leaves in variables."""
+    return node.get_value() if is_variable(node) else node
+
+
 def answer_per_leaf(question: Any, updates: Any, name: str) -> list[Any]:
     """One answer per leaf, from a function of the path or from a (prefix) tree of answers."""
     if callable(question):

@@ -9,7 +9,7 @@ import numpy as np
 
 from optclip import histograms
 from optclip.histograms import NormHistogram
-from optclip.scopes import is_variable
+from optclip.scopes import array_in
 from optclip.skipping import SafeguardState, SkipState
 from optclip.state import ClipState
 from optclip.tuning.wording import Unusable
@@ -79,14 +79,14 @@ def _memory(clip: Any) -> Any:
 
 
 def _counted(clip: Any, found: int) -> Counted:
-    counts = np.asarray(_array(_memory(clip).counts), np.int64)
+    counts = np.asarray(array_in(_memory(clip).counts), np.int64)
     if counts.shape != (histograms.BINS,):
         raise Unusable(
             f"the counts of one histogram have shape {(histograms.BINS,)}, got {counts.shape}; of "
             "several runs or replicas pass one, or what optclip.histograms.merged makes of them"
         )
     notes = [f"the first of {found} histograms in the state was read"] if found > 1 else []
-    if isinstance(clip, ClipState) and (infinite := int(_array(clip.nonfinite_steps))):
+    if isinstance(clip, ClipState) and (infinite := int(array_in(clip.nonfinite_steps))):
         notes.append(f"not finite, and left out: {infinite:,} of the gradients")
     norms = histograms.middles()
     known = (counts > 0) & (norms > 0) & np.isfinite(norms)
@@ -95,8 +95,3 @@ def _counted(clip: Any, found: int) -> Counted:
     if not known.any():
         raise Unusable("the histogram is empty, so there is nothing to choose from; train first")
     return Counted(norms[known], counts[known], tuple(notes))
-
-
-def _array(x: Any) -> Any:
-    """The array in a leaf; `nnx.Optimizer` wraps its leaves in variables."""
-    return x.get_value() if is_variable(x) else x
