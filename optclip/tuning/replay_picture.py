@@ -77,7 +77,7 @@ def finding(replay: Replayed) -> str:
         return f"{what}{percent(max(shares))} of the steps"
     best = min(modest, key=lambda row: (row.clipped, row.worst_spike))
     holds = f"{best.method} holds {spikes} to {times(best.worst_spike)} the usual norm or less and"
-    verb = "skips" if best.method.startswith("skip") else "clips"
+    verb = _verb(best)
     if count == 1:
         return f"{holds} {verb} {percent(best.clipped)} of the steps"
     holding = sum(not row.spikes_through for row in rows)
@@ -151,8 +151,12 @@ def _out_of_sight(what: str, line: np.ndarray, bottom: float, top: float) -> str
     return f"{what} down to {number(float(np.nanmin(line)))}, below the picture" if below else ""
 
 
+def _verb(row: "Row") -> str:
+    return "skips" if row.method.startswith("skip") else "clips"
+
+
 def _figures(replay: Replayed, row: Row) -> str:
-    said = [f"clips {percent(row.clipped)}"]
+    said = [f"{_verb(row)} {percent(row.clipped)}"]
     if replay.spikes:
         said.append(f"worst spike {times(row.worst_spike)}")
     if row.steps_after_rise is not None:
