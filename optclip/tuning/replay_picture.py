@@ -151,7 +151,7 @@ def _out_of_sight(what: str, line: np.ndarray, bottom: float, top: float) -> str
     return f"{what} down to {number(float(np.nanmin(line)))}, below the picture" if below else ""
 
 
-def _verb(row: "Row") -> str:
+def _verb(row: Row) -> str:
     return "skips" if row.method.startswith("skip") else "clips"
 
 
