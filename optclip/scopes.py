@@ -156,15 +156,15 @@ def fan_in_axes(path: str, shape: tuple[int, ...]) -> Axes:
 
 def leaves_with_paths(updates: Any) -> list[tuple[str, Any]]:
     """The leaves with their paths ("block_0/attention/kernel"), in order."""
-    found, _ = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_variable)
-    leaves = []
-    for path, node in found:
-        # Parameters in an nnx variable have the path of the gradient, which is in none.
-        inside = 1 if is_variable(node) else 0
-        for rest, x in jax.tree_util.tree_flatten_with_path(node)[0]:
-            whole = path + rest[inside:]
-            leaves.append((jax.tree_util.keystr(whole, simple=True, separator="/"), x))
-    return leaves
+    found: list[tuple[Any, Any]] = []
+    for path, node in jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_variable)[0]:
+        if is_variable(node):
+            # Parameters in an nnx variable have the path of the gradient, which is in none.
+            inside, _ = jax.tree_util.tree_flatten_with_path(node)
+            found += [(path + rest[1:], x) for rest, x in inside]
+        else:
+            found.append((path, node))
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in found]
 
 
 def is_variable(node: Any) -> bool:
