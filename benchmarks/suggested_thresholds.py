@@ -32,8 +32,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks import suggested_picture
-from benchmarks.suggested_runs import NO_CLIP, Runner, fixed, number_or_null
+from benchmarks.suggested_runs import NO_CLIP, Runner, fixed
 from benchmarks.suggested_tasks import TASKS
+from optclip.tuning.plain import plain
 
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 THRESHOLDS = tuple(float(f"{x:.4g}") for x in np.geomspace(0.003, 30, 16))
@@ -54,15 +55,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _plain(value: Any) -> Any:
-    """With null for infinite, a loss that diverged."""
-    if isinstance(value, dict):
-        return {name: _plain(x) for name, x in value.items()}
-    if isinstance(value, list):
-        return [_plain(x) for x in value]
-    return number_or_null(value) if isinstance(value, float) else value
 
 
 def grid() -> Iterator[tuple[int, float, str]]:
@@ -214,7 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
         for kind in KINDS:
             console.print(table(name, kind, compared[kind]))
         written = options.out / f"{name}_compared.json"
-        written.write_text(json.dumps(_plain(compared), indent=1) + "\n", encoding="utf-8")
+        written.write_text(json.dumps(plain(compared), indent=1) + "\n", encoding="utf-8")
         console.print(f"{runner.file} and {written} written")
         drawn[name] = compared["held_out"] | {"curves": curves(runner)}
     suggested_picture.draw(options.out / "suggested.png", drawn)

@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import json
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any, NoReturn
 import optclip
 from optclip import commands
 from optclip.commands import Answer, UsageError
+from optclip.tuning.plain import plain
 from optclip.tuning.wording import Unusable
 
 EXAMPLES = """\
@@ -200,17 +200,6 @@ def _add_run(parser: Parser) -> None:
 
 def _say(answer: Answer, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(_for_machines(answer.data), allow_nan=False))
+        print(json.dumps(plain(answer.data), allow_nan=False))
     else:
         print("\n".join(answer.shown))
-
-
-def _for_machines(data: Any) -> Any:
-    """The same with null for what JSON has no number for."""
-    if isinstance(data, dict):
-        return {str(name): _for_machines(value) for name, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_for_machines(value) for value in data]
-    if isinstance(data, float) and not math.isfinite(data):
-        return None
-    return data

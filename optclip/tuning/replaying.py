@@ -15,6 +15,7 @@ from optclip.tuning import (
     statistics,
 )
 from optclip.tuning.findings import look_at
+from optclip.tuning.plain import plain
 from optclip.tuning.records import Record, read
 from optclip.tuning.replay_rows import Replayed, in_steps, rise_of, row_of
 from optclip.tuning.states import counted_in
@@ -71,14 +72,14 @@ class Replay(Replayed):
         """
         left_out = () if every_step else ("thresholds", "outputs")
         rows = [
-            {name: _plain(x) for name, x in row._asdict().items() if name not in left_out}
+            {name: plain(x) for name, x in row._asdict().items() if name not in left_out}
             for row in self.rows
         ]
         return {
             "steps": len(self.record.norms),
             "source": self.record.source,
             "spikes": self.spikes,
-            "worst_spike": _plain(self.worst_spike),
+            "worst_spike": plain(self.worst_spike),
             "rise": self.rise,
             "nonfinite_norms": int((~np.isfinite(self.record.norms)).sum()),
             "rows": rows,
@@ -152,11 +153,3 @@ def replay(
         rise=None if rise is None else float(found.steps[rise]),
         suggestion=suggestion,
     )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return [_plain(float(x)) for x in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value

@@ -7,6 +7,7 @@ import numpy as np
 
 from optclip.tuning import statistics, suggestion_text
 from optclip.tuning.findings import SPIKE_DEVIATIONS, SPIKE_TIMES, look_at
+from optclip.tuning.plain import plain
 from optclip.tuning.records import Record, read
 from optclip.tuning.states import Counted, counted_in
 from optclip.tuning.statistics import Course, Sample
@@ -79,12 +80,12 @@ class Suggestion(NamedTuple):
         The two clip rates are called by what tells them apart: "clip_rate_expected" (after the
         start-up) and, under "fared", "clip_rate_over_the_run".
         """
-        plain = {_IN_JSON.get(name, name): value for name, value in self._asdict().items()}
-        plain["fared"] = {
+        told = {_IN_JSON.get(name, name): value for name, value in self._asdict().items()}
+        told["fared"] = {
             "clip_rate_over_the_run" if name == "clip_rate" else name: value
             for name, value in self.fared._asdict().items()
         }
-        return {name: _plain(value) for name, value in plain.items()}
+        return plain(told)
 
     def __str__(self) -> str:
         fared = "" if self.threshold is None else suggestion_text.told(self.fared)
@@ -290,13 +291,3 @@ def _fared(norms: np.ndarray, threshold: float, height: np.ndarray, among: np.nd
         worst_before=float(height[known].max()),
         worst_after=float(after.max()),
     )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(x) for name, x in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(x) for x in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
-    return value

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from optclip.tuning.plain import plain
+
 FLAT = 0.02
 """Median losses within this share of the best are called as good."""
 
@@ -103,18 +105,8 @@ class Sweep(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Lists and numbers for JSON; null for what is not finite: a threshold of infinity too."""
-
-        def plain(x: Any) -> Any:
-            if isinstance(x, list | tuple):
-                return [plain(one) for one in x]
-            return None if isinstance(x, float) and not np.isfinite(x) else x
-
-        found = {
-            name: plain(x.tolist() if isinstance(x, np.ndarray) else x)
-            for name, x in self._asdict().items()
-        }
-        more = {"best": plain(self.best), "flat": plain(self.flat), "finding": self.finding()}
-        return found | more
+        more = {"best": self.best, "flat": self.flat, "finding": self.finding()}
+        return plain(self._asdict() | more)
 
     def __str__(self) -> str:
         return self.finding()
