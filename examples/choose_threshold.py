@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from clip_options import Parser, UsageError, at_least_one, exit_code, positive_number
+from clip_options import Parser, UsageError, add_learning_rate, at_least_one, exit_code
 from mnist import LinenNetwork, cross_entropy
 from rich.console import Console
 
@@ -133,8 +133,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("choose_threshold.py", "Chooses a threshold for the digits network.", EXAMPLES)
     add = parser.add_argument
     add("--optimizer", choices=list(LEARNING_RATES), default="momentum", help="(default: momentum)")
-    rates = ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
-    add("--lr", type=positive_number, help=f"learning rate (default: {rates})")
+    add_learning_rate(parser, LEARNING_RATES)
     add("--steps", type=at_least_one, default=188, help="of each run (default: 188, four epochs)")
     add("--thresholds", type=at_least_one, default=9, help="over four decades (default: 9)")
     add("--seeds", type=at_least_one, default=3, help="runs of each threshold (default: 3)")

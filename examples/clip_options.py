@@ -7,7 +7,7 @@ import difflib
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import absl.logging
@@ -210,6 +210,15 @@ def positive_number(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"give a number above 0, not {text!r}")
     return value
+
+
+# The learning rate --------------------------------------------------------------------------------
+
+
+def add_learning_rate(parser: Parser, rates: Mapping[str, float]) -> None:
+    """Adds --lr, whose default depends on the optimizer."""
+    shown = ", ".join(f"{rate:g} for {name}" for name, rate in rates.items())
+    parser.add_argument("--lr", type=positive_number, help=f"learning rate (default: {shown})")
 
 
 # The end -----------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ from clip_options import (
     Parser,
     UsageError,
     add_clip_options,
+    add_learning_rate,
     at_least_one,
     clip_args,
     first_devices,
-    positive_number,
     seed,
     shown_args,
 )
@@ -220,8 +220,7 @@ def _parser() -> Parser:
         default="adamw",
         help="momentum is SGD with momentum 0.9 (default: %(default)s)",
     )
-    rates = ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
-    add("--lr", type=positive_number, help=f"learning rate (default: {rates})")
+    add_learning_rate(parser, LEARNING_RATES)
     add("--steps", type=at_least_one, default=200, help=default)
     add("--batch-size", type=at_least_one, default=16, help="windows in a step (default: 16)")
     add("--spike-every", type=at_least_one, metavar="N", help="put a spike into every Nth step")

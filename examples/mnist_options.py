@@ -8,10 +8,10 @@ from clip_options import (
     Parser,
     UsageError,
     add_clip_options,
+    add_learning_rate,
     at_least_one,
     clip_args,
     first_devices,
-    positive_number,
     seed,
     shown_args,
 )
@@ -123,8 +123,7 @@ def _parser() -> Parser:
         default="sgd",
         help="momentum is SGD with momentum 0.9 (default: %(default)s)",
     )
-    rates = ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
-    add("--lr", type=positive_number, help=f"learning rate (default: {rates})")
+    add_learning_rate(parser, LEARNING_RATES)
     add("--epochs", type=at_least_one, default=10, help="default: %(default)s")
     add("--batch-size", type=at_least_one, default=16, help="default: %(default)s")
     add("--seed", type=seed, default=0, help="default: %(default)s")
