@@ -1,26 +1,32 @@
 """What is done to the leaves of a tree: multiplied by factors, clamped, zeroed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optclip import norms, planning
+from optclip import norms, pieces, planning
 from optclip.limiters import Factor, Limiter, factor_of
 from optclip.norms import Magnitude
 from optclip.planning import Member, Plan
 
 
-def rescale(plan: Plan, updates: Any, factor: Factor) -> Any:
-    """Every leaf times the factor of its groups, in its own dtype."""
-    factor = Factor(*map(planning.gathered, factor))
+def rescale(plan: Plan, updates: Any, factors: Mapping[int, Factor]) -> Any:
+    """Every leaf times the factor of its groups, in its own dtype.
+
+    Args:
+        plan: The plan.
+        updates: The tree.
+        factors: In pieces; see `optclip.pieces`.
+    """
+    coarse = pieces.per_member(plan, {start: factor.coarse for start, factor in factors.items()})
+    fine = pieces.per_member(plan, {start: factor.fine for start, factor in factors.items()})
+    own = {member.index: both for member, *both in zip(plan.members, coarse, fine, strict=True)}
 
     def scaled(member: Member, x: jax.Array) -> jax.Array:
-        coarse, fine = (planning.own(plan, member, part) for part in factor)
-        # One barrier for leaf and factors: leaves of one shape do not share a broadcast factor.
-        x, coarse, fine = lax.optimization_barrier((x, coarse, fine))
+        coarse, fine = own[member.index]
         return norms.scaled(norms.scaled(norms.widened(x), coarse), fine)
 
     return _mapped(plan, updates, scaled)
@@ -62,5 +68,6 @@ def _mapped(plan: Plan, updates: Any, change: Callable[[Member, jax.Array], jax.
     leaves, structure = jax.tree.flatten(updates)
     for member in plan.members:
         x = jnp.asarray(leaves[member.index])
-        leaves[member.index] = change(member, x).astype(x.dtype)
+        changed = change(member, x)
+        leaves[member.index] = changed if changed.dtype == x.dtype else changed.astype(x.dtype)
     return jax.tree.unflatten(structure, leaves)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optclip import changing, limiters, measuring, norms, planning, scopes, thresholds
+from optclip import changing, limiters, measuring, norms, pieces, planning, scopes, thresholds
 from optclip.limiters import Factor, Limiter
+from optclip.measuring import Norms
 from optclip.norms import Magnitude, Norm
 from optclip.planning import Plan
 from optclip.scopes import Scope
@@ -105,15 +106,26 @@ def clip_by(
     def shape_of(params: Any, scope: Scope) -> tuple[int, ...]:
         return planning.shape_of_norms(scope, params, axis_name, sharded)
 
-    def measure(plan: Plan, *trees: Any) -> list[tuple[Magnitude, jax.Array | None]]:
+    def measure(plan: Plan, *trees: Any) -> list[tuple[Norms, jax.Array | None]]:
         """The norms of the groups; those of the leaves too where detail of one group is wanted."""
         if not (detail and scope.one_group):
             return [(found, None) for found in measuring.measure_together(plan, norm, *trees)]
         leaves = look(trees[0], scopes.leaf)
-        return [
-            (norms.pool(norm, of_leaves, leaves.sizes), of_leaves.saturated())
-            for of_leaves in measuring.measure_together(leaves, norm, *trees)
-        ]
+        found = []
+        for of_leaves, _ in measuring.measure_together(leaves, norm, *trees):
+            pooled = norms.pool(norm, of_leaves, leaves.sizes)
+            found.append((Norms(pooled, {0: pooled}), of_leaves.saturated()))
+        return found
+
+    def threshold_for(
+        state: ClipState, found: Magnitude, of_params: Magnitude | None, sizes: Any
+    ) -> jax.Array:
+        reference = None
+        if of_params is not None:
+            reference = ParameterNorms(_as_kept(of_params.saturated(), state), sizes)
+        shown = _as_kept(found.saturated(), state)
+        threshold = rule.threshold(state.memory, step_of(state), shown, reference)
+        return threshold.astype(found.value.dtype)
 
     def init(params: Any) -> ClipState:
         dtype = planning.tree_dtype(params)
@@ -137,29 +149,41 @@ def clip_by(
                 raise ValueError(NEEDS_STATE_MSG)
             state = init(updates)
         plan = look(updates)
-        step = step_of(state)
         with jax.named_scope("optclip/measure"):
             trees = (updates, params) if rule.needs_params else (updates,)
-            (magnitude, leaf_norms), *of_params = measure(plan, *trees)
-            group_norms = magnitude.saturated()
+            (found, leaf_norms), *others = measure(plan, *trees)
+            of_params = others[0][0] if others else None
+            magnitude, group_norms = found.together, found.together.saturated()
             finite = jnp.all(jnp.isfinite(magnitude.value))
-            reference = None
-            for size, _ in of_params:
-                reference = ParameterNorms(_as_kept(size.saturated(), state), plan.sizes)
         with jax.named_scope("optclip/threshold"):
-            shown = _as_kept(group_norms, state)
-            threshold = rule.threshold(state.memory, step, shown, reference)
-            threshold = jnp.broadcast_to(threshold.astype(plan.dtype), plan.shape)
+            reference = None if of_params is None else of_params.together
+            asked = threshold_for(state, magnitude, reference, plan.sizes)
+            threshold = jnp.broadcast_to(asked, plan.shape)
         with jax.named_scope("optclip/limit"):
             # A step with a non-finite entry is handed on as it is, in every group.
             bound = jnp.where(finite, threshold, jnp.inf)
             factor = limiters.factor_of(limiter, magnitude, bound)
+
+            def factor_of_piece(start: int) -> Factor:
+                own = asked
+                if asked.ndim:
+                    of_piece = None if of_params is None else of_params.pieces[start]
+                    own = threshold_for(state, found.pieces[start], of_piece, plan.size_at(start))
+                bound = jnp.where(finite, own, jnp.inf)
+                root = limiters.root_of_factor(limiter, found.pieces[start], bound)
+                return Factor(root, root)
+
             if scope.per_entry:
                 share = _share_of_entries(plan, updates, group_norms, bound)
                 updates = changing.clamp(plan, updates, limiter, bound)
             else:
                 share = _share_of_groups(plan, group_norms, bound)
-                updates = changing.rescale(plan, updates, factor)
+                if rule.separable and plan.shape and not plan.axis_names:
+                    factors = {start: factor_of_piece(start) for start in found.pieces}
+                else:
+                    coarse, fine = (pieces.cut(plan, part) for part in factor)
+                    factors = {start: Factor(coarse[start], fine[start]) for start in coarse}
+                updates = changing.rescale(plan, updates, factors)
             if nonfinite == "zero":
                 updates = changing.zeroed_unless(finite, updates)
                 factor = Factor(factor.coarse, jnp.where(finite, factor.fine, 0))
@@ -167,7 +191,8 @@ def clip_by(
         if nonfinite == "zero":
             clipped_norms = jnp.where(finite, clipped_norms, 0)
         with jax.named_scope("optclip/observe"):
-            memory = rule.observe(state.memory, step, shown, _as_kept(clipped_norms, state))
+            seen, left = _as_kept(group_norms, state), _as_kept(clipped_norms, state)
+            memory = rule.observe(state.memory, step_of(state), seen, left)
             # Neither a non-finite step nor, in its group, a norm of 0 is learned from.
             memory = kept_unless(finite & (group_norms > 0), memory, state.memory)
         outcome = Outcome(

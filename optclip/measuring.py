@@ -5,8 +5,9 @@ the mesh both adds up what is split and gathers what is not.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +15,30 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from optclip import devices, norms, planning
+from optclip import devices, norms, pieces, planning
 from optclip.norms import Magnitude, Norm
+from optclip.pieces import Pieces
 from optclip.planning import Member, Plan
+
+
+class Norms(NamedTuple):
+    """The norms of the groups of a tree.
+
+    Attributes:
+        together: All of them: a `Magnitude` of arrays of `plan.shape`.
+        pieces: The same for each leaf or label; see `optclip.pieces`.
+    """
+
+    together: Magnitude
+    pieces: dict[int, Magnitude]
 
 
 def measure(plan: Plan, norm: Norm, tree: Any) -> Magnitude:
     """The norms of all groups, right whatever their size; see `measure_together`."""
-    return measure_together(plan, norm, tree)[0]
+    return measure_together(plan, norm, tree)[0].together
 
 
-def measure_together(plan: Plan, norm: Norm, *trees: Any) -> list[Magnitude]:
+def measure_together(plan: Plan, norm: Norm, *trees: Any) -> list[Norms]:
     """The norms of all groups of several trees, with one sum over the devices for all of them.
 
     Args:
@@ -33,47 +47,98 @@ def measure_together(plan: Plan, norm: Norm, *trees: Any) -> list[Magnitude]:
         *trees: Updates, or updates and parameters.
 
     Returns:
-        For each tree a `Magnitude` of arrays of shape `plan.shape`.
+        For each tree its `Norms`.
     """
     forest = [planning.picked(plan, tree) for tree in trees]
     if plan.dtype == jnp.float64:  # Beside 64-bit leaves the others are measured in 64 bits too.
         forest = [[norms.widened(x, plan.dtype) for x in leaves] for leaves in forest]
-
-    def statistics(norm: Norm, scales: list[Any]) -> list[jax.Array]:
-        return _statistics(plan, norm, forest, scales)
-
-    def finished(statistics: list[jax.Array], scales: list[jax.Array]) -> list[Magnitude]:
-        return [
-            Magnitude(norm.finish(statistic, plan.sizes), scale)
-            for statistic, scale in zip(statistics, scales, strict=True)
-        ]
-
     # The modulus of a complex number may overflow where its parts do not: by a factor below 2.
     halving = [any(jnp.iscomplexobj(x) for x in leaves) for leaves in forest]
-    halves = [jnp.full(plan.shape, 0.5 if half else 1, plan.dtype) for half in halving]
-    halved = [half if halve else None for half, halve in zip(halves, halving, strict=True)]
+    halves = [_everywhere(plan, 0.5 if halve else 1) for halve in halving]
+    halved = [half.pieces if halve else None for half, halve in zip(halves, halving, strict=True)]
     if norm.safety == "exact":
-        return finished(statistics(norm, halved), halves)
+        statistics = _joined(plan, _statistics(plan, norm, forest, halved))
+        return _finished(plan, norm, statistics, halves)
     if norm.safety == "peak":
-        peaks = statistics(norms.linf, halved)
+        peaks = _statistics(plan, norms.linf, forest, halved)
         # A constant to derivatives: any other scale would give the same norm.
         scales = [
-            lax.stop_gradient(norms.peak_scale(peak, half))
+            {at: lax.stop_gradient(norms.peak_scale(x, half.pieces[at])) for at, x in peak.items()}
             for peak, half in zip(peaks, halves, strict=True)
         ]
-        return finished(statistics(norm, scales), scales)
-    plain = statistics(norm, [None] * len(forest))
+        statistics = _joined(plan, _statistics(plan, norm, forest, scales))
+        together = [pieces.joined(plan, scale, missing=1) for scale in scales]
+        scales = [_Statistic(*both) for both in zip(together, scales, strict=True)]
+        return _finished(plan, norm, statistics, scales)
+    plain = _joined(plan, _statistics(plan, norm, forest, [None] * len(forest)))
     if not any(norms.can_leave_range(x.dtype) for leaves in forest for x in leaves):
-        return finished(plain, [jnp.ones(plan.shape, plan.dtype)] * len(forest))
-    scales = [norms.range_scale(norm, statistic, plan.sizes) for statistic in plain]
-    rescaled = where_needed(
-        functools.reduce(jnp.logical_or, [jnp.any(scale != 1) for scale in scales]),
-        lambda forest, scales: _statistics(plan, norm, forest, scales),
-        lambda forest, scales: plain,
-        forest,
-        scales,
+        return _finished(plan, norm, plain, [_everywhere(plan, 1) for _ in forest])
+    scales = [
+        _Statistic(
+            norms.range_scale(norm, of.together, plan.sizes),
+            {at: _range_scale(norm, x, plan.size_at(at)) for at, x in of.pieces.items()},
+        )
+        for of in plain
+    ]
+
+    def again(forest: list[list[jax.Array]], scales: list[Pieces]) -> list[_Statistic]:
+        return _joined(plan, _statistics(plan, norm, forest, scales, compact=True))
+
+    needed = functools.reduce(
+        jnp.logical_or, [jnp.any(scale.together != 1) for scale in scales], jnp.zeros([], bool)
     )
-    return finished(rescaled, scales)
+    corrected = where_needed(
+        needed,
+        again,
+        lambda forest, scales: jax.tree.map(jnp.zeros_like, plain),
+        forest,
+        [scale.pieces for scale in scales],
+    )
+    statistics = jax.tree.map(functools.partial(jnp.where, needed), corrected, plain)
+    return _finished(plan, norm, statistics, scales)
+
+
+class _Statistic(NamedTuple):
+    """One number a group: as a vector, and in pieces."""
+
+    together: jax.Array
+    pieces: Pieces
+
+
+def _joined(plan: Plan, forest: list[Pieces]) -> list[_Statistic]:
+    return [_Statistic(pieces.joined(plan, some), some) for some in forest]
+
+
+def _everywhere(plan: Plan, value: float) -> _Statistic:
+    """The same number for every group."""
+    number = jnp.full([], value, plan.dtype)
+    return _Statistic(number, {member.start: number for member in plan.members})
+
+
+def _finished(
+    plan: Plan, norm: Norm, statistics: list[_Statistic], scales: list[_Statistic]
+) -> list[Norms]:
+    found = []
+    for statistic, scale in zip(statistics, scales, strict=True):
+        together = Magnitude(norm.finish(statistic.together, plan.sizes), scale.together)
+        by_piece = {
+            at: Magnitude(_finish(norm, x, plan.size_at(at)), scale.pieces[at])
+            for at, x in statistic.pieces.items()
+        }
+        found.append(Norms(together, by_piece))
+    return found
+
+
+@functools.partial(jax.jit, static_argnames=("norm", "size"))
+def _range_scale(norm: Norm, statistic: jax.Array, size: float) -> jax.Array:
+    """For pieces: traced once for all that are alike."""
+    return norms.range_scale(norm, statistic, size)
+
+
+@functools.partial(jax.jit, static_argnames=("norm", "size"))
+def _finish(norm: Norm, statistic: jax.Array, size: float) -> jax.Array:
+    """For pieces: traced once for all that are alike."""
+    return norm.finish(statistic, size)
 
 
 def where_needed(
@@ -86,62 +151,101 @@ def where_needed(
 
 
 def _statistics(
-    plan: Plan, norm: Norm, forest: list[list[jax.Array]], scales: list[jax.Array | None]
-) -> list[jax.Array]:
+    plan: Plan,
+    norm: Norm,
+    forest: list[list[jax.Array]],
+    scales: Sequence[Pieces | None],
+    *,
+    compact: bool = False,
+) -> list[Pieces]:
     """One pass over the leaves of each tree: the statistic of every group, over all devices."""
     own = [
-        _statistics_here(plan, norm, leaves, scale)
+        _statistics_here(plan, norm, leaves, scale, compact)
         for leaves, scale in zip(forest, scales, strict=True)
     ]
     if not plan.axis_names:
         return own
-    own = [devices.as_varying(statistic, plan.axis_names) for statistic in own]
-    if len(own) == 1:
-        return [norm.across(own[0], plan.axis_names)]
-    return list(norm.across(jnp.stack(own), plan.axis_names))
+    vectors = [devices.as_varying(pieces.joined(plan, x), plan.axis_names) for x in own]
+    if len(vectors) == 1:
+        return [pieces.cut(plan, norm.across(vectors[0], plan.axis_names))]
+    return [pieces.cut(plan, x) for x in norm.across(jnp.stack(vectors), plan.axis_names)]
 
 
 def _statistics_here(
-    plan: Plan, norm: Norm, leaves: list[jax.Array], scale: jax.Array | None
-) -> jax.Array:
-    """One pass over the leaves of a tree: the statistic of every group, on this device."""
-    scale = None if scale is None else planning.gathered(scale)
-    pieces: dict[int, list[jax.Array]] = {}
-    for member, x in zip(plan.members, leaves, strict=True):
-        local_scale = None if scale is None else planning.own(plan, member, scale)
-        statistic = norm.statistic(x, member.axes, local_scale).astype(plan.dtype)
+    plan: Plan, norm: Norm, leaves: list[jax.Array], scale: Pieces | None, compact: bool
+) -> Pieces:
+    """One pass over the leaves of a tree: the statistic of every group, on this device.
+
+    Args:
+        plan: The plan.
+        norm: The norm.
+        leaves: Those that take part.
+        scale: What each group is multiplied by first; None for 1.
+        compact: Whether to compile fast rather than to run fast.
+    """
+    members = list(zip(plan.members, leaves, _scales(plan, scale), strict=True))
+    if compact and norm.entries is not None and plan.shape == ():
+        return {0: _total_of_alike(plan, norm.entries, members)} if members else {}
+    found: dict[int, list[jax.Array]] = {}
+    for member, x, own_scale in members:
+        statistic = norm.statistic(x, member.axes, own_scale)
+        if statistic.dtype != plan.dtype:
+            statistic = statistic.astype(plan.dtype)
         if norm.adds and member.split.copies > 1:
             statistic = statistic / member.split.copies
-        pieces.setdefault(member.start, []).append(_placed(member, statistic))
-    combine = norm.combine or jnp.squeeze
-    combined = {
-        start: piece[0] if len(piece) == 1 else combine(jnp.stack(piece), axis=0)
-        for start, piece in pieces.items()
-    }
-    if plan.shape == ():
-        return jnp.reshape(combined.get(0, jnp.zeros(1, plan.dtype)), ())
-    # Groups that no leaf takes part in have a place too: a label that this tree lacks.
-    return planning.gathered(_concatenated(combined, plan))
+        found.setdefault(member.start, []).append(pieces.placed(member, statistic))
+    return {start: _combined(norm, some) for start, some in found.items()}
 
 
-def _concatenated(pieces: dict[int, jax.Array], plan: Plan) -> jax.Array:
-    ordered, end = [], 0
-    for start in sorted(pieces):
-        ordered += [jnp.zeros(start - end, plan.dtype)] if start > end else []
-        ordered.append(pieces[start])
-        end = start + pieces[start].size
-    ordered += [jnp.zeros(plan.shape[0] - end, plan.dtype)] if plan.shape[0] > end else []
-    return jnp.concatenate(ordered) if ordered else jnp.zeros(plan.shape, plan.dtype)
+def _scales(plan: Plan, scale: Pieces | None) -> Sequence[jax.Array | None]:
+    return [None] * len(plan.members) if scale is None else pieces.per_member(plan, scale)
 
 
-def _placed(member: Member, statistic: jax.Array) -> jax.Array:
-    """The statistics of one device's part, flat, in their places among those of the whole leaf."""
-    if statistic.shape != member.kept:
-        whole = jnp.zeros(member.kept, statistic.dtype)
-        statistic = lax.dynamic_update_slice(
-            whole, statistic, planning.corner(member, statistic.shape)
-        )
-    return jnp.reshape(planning.gathered(statistic), (-1,))
+def _combined(norm: Norm, statistics: list[jax.Array]) -> jax.Array:
+    if len(statistics) == 1:
+        return statistics[0]
+    if norm.adds:
+        return _added(statistics)
+    combine = norm.combine or jnp.max
+    return combine(jnp.stack(statistics), axis=0)
+
+
+def _added(terms: list[jax.Array]) -> jax.Array:
+    """Their sum, in pairs: rounding grows with the logarithm of their number."""
+    while len(terms) > 1:
+        pairs = [lax.add(a, b) for a, b in zip(terms[::2], terms[1::2], strict=False)]
+        terms = pairs + terms[len(pairs) * 2 :]
+    return terms[0]
+
+
+TOGETHER = 8
+"""How many leaves `_total_of_alike` adds up entry by entry."""
+
+
+def _total_of_alike(
+    plan: Plan,
+    entries: Callable[..., jax.Array],
+    members: list[tuple[Member, jax.Array, jax.Array | None]],
+) -> jax.Array:
+    """The statistic of the whole tree, in few kernels: one for several leaves that are alike.
+
+    For a rarely needed second look at a tree of a thousand leaves, which would otherwise cost as
+    long to compile as the first. Leaves are alike where their paths differ in numbers only, as
+    those of repeated layers do: those lie alike on a mesh too, and can be added without traffic.
+    """
+    alike: dict[Any, list[tuple[jax.Array, jax.Array | None]]] = {}
+    for member, x, scale in members:
+        role = re.sub(r"\d+", "#", member.path)
+        key = (role, x.shape, jnp.dtype(x.dtype), member.split.copies)
+        alike.setdefault(key, []).append((x, scale))
+    totals = []
+    for (*_, copies), some in alike.items():
+        for first in range(0, len(some), TOGETHER):
+            chosen = some[first : first + TOGETHER]
+            scale = chosen[0][1]  # The tree's one scale, for this kernel.
+            terms = _added([entries(x, scale) for x, _ in chosen])
+            totals.append(jnp.sum(terms).astype(plan.dtype) / copies)
+    return _added(totals)
 
 
 def share_above(plan: Plan, updates: Any, threshold: jax.Array) -> jax.Array:
@@ -161,7 +265,7 @@ def share_above(plan: Plan, updates: Any, threshold: jax.Array) -> jax.Array:
         count(x) / member.split.copies
         for member, x in zip(plan.members, planning.picked(plan, updates), strict=True)
     ]
-    total = jnp.sum(jnp.stack(counts)) if counts else jnp.zeros([], plan.dtype)
+    total = _added(counts) if counts else jnp.zeros([], plan.dtype)
     if plan.axis_names:
         total = lax.psum(devices.as_varying(total, plan.axis_names), plan.axis_names)
     return total / np.maximum(plan.sizes, 1).astype(plan.dtype)

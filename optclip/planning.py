@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -63,6 +62,10 @@ class Plan(NamedTuple):
     sizes: np.ndarray
     dtype: np.dtype
     axis_names: tuple[str, ...]
+
+    def size_at(self, start: int) -> float:
+        """Entries of each of the groups of the piece that begins there."""
+        return float(self.sizes.reshape(-1)[start])
 
 
 def is_floating(x: Any) -> bool:
@@ -166,48 +169,6 @@ def picked(plan: Plan, tree: Any) -> list[jax.Array]:
         else:
             raise ValueError(f"params has no leaf {member.path!r}, which the updates have")
     return found
-
-
-def own(plan: Plan, member: Member, vector: jax.Array) -> jax.Array:
-    """A leaf's own entries of the vector, in a shape that broadcasts against the leaf's part."""
-    if plan.shape == ():
-        return vector
-    own = gathered(vector[member.start : member.start + member.groups])
-    if member.groups == 1:
-        return jnp.reshape(own, ())
-    own = jnp.reshape(own, member.kept)
-    part = tuple(
-        length // devices.axis_size((member.split.dims or {}).get(axis, ()))
-        if axis not in member.axes
-        else length
-        for axis, length in enumerate(member.kept)
-    )
-    return own if part == member.kept else lax.dynamic_slice(own, corner(member, part), part)
-
-
-def corner(member: Member, part: tuple[int, ...]) -> list[Any]:
-    """Where this device's part of the groups begins."""
-    dims = member.split.dims or {}
-    return [
-        lax.axis_index(tuple(dims[axis])) * length
-        if dims.get(axis) and axis not in member.axes
-        else 0
-        for axis, length in enumerate(part)
-    ]
-
-
-def gathered(x: jax.Array) -> jax.Array:
-    """Under jit on a mesh: the same array on every device, so that it can be joined with others."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    if sharding is None or x.size == 1 or sharding.mesh.empty:
-        return x
-    whole = NamedSharding(sharding.mesh, PartitionSpec())
-    if any(entry is not None for entry in sharding.spec):
-        return jax.sharding.reshard(x, whole)
-    if AxisType.Auto in sharding.mesh.axis_types:
-        # Left to itself the partitioner joins parts by exchanges between neighbours, a dozen each.
-        return lax.with_sharding_constraint(x, whole)
-    return x
 
 
 def _checked_axes(axes: Any, path: str, shape: tuple[int, ...]) -> Axes:

@@ -102,9 +102,9 @@ def test_temporary_memory_is_a_hundredth_of_the_gradient(method):
     # What a bound on the update measures must be kept until it is known.
     kept = size if method.name in BOUNDS_THE_UPDATE else 0
     # Clips by unit keep about ten numbers a unit, which narrow leaves show; and one with a memory
-    # of the gradient's size may take as much again.
+    # of the gradient's size may take as much again, and more where the gradient is of 16 bits.
     kept += 10 * 4 * units(params) if method.scope == "unit" else 0
-    kept += 8 * size if method.name == "spam_clip" else 0
+    kept += 4 * size if method.name == "spam_clip" else 0
     # How far the kernels are optimized makes no difference to the buffers between them.
     step = lowered(quick_jit, method.build(), params).compile()
     assert step.memory_analysis().temp_size_in_bytes <= kept + 0.01 * size

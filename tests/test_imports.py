@@ -15,6 +15,7 @@ LAYERS = (
     {"norms", "devices"},
     {"scopes", "limiters", "thresholds"},
     {"planning"},
+    {"pieces"},
     {"changing", "measuring"},
     {"state"},
     {"clipping"},

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optclip import changing, norms, planning, scopes
+from optclip import changing, norms, pieces, planning, scopes
 from optclip.clipping import NO_PARAMS_MSG, Nonfinite, check_nonfinite
 from optclip.limiters import Factor
 from optclip.state import ClipState, LeafDetail, Outcome, advanced, fresh
@@ -96,7 +96,9 @@ def clippy(
             # Where the bound is 0 nothing may move.
             closed = finite & (roots > 0) & (rho == 0) & (alpha == 0)
             factor = Factor(root, jnp.where(closed, 0, root))
-            updates = changing.rescale(plan, updates, factor)
+            coarse, fine = (pieces.cut(plan, part) for part in factor)
+            factors = {start: Factor(coarse[start], fine[start]) for start in coarse}
+            updates = changing.rescale(plan, updates, factors)
             if nonfinite == "zero":
                 updates = changing.zeroed_unless(finite, updates)
         ratios = jnp.where(finite, jnp.minimum(roots * roots, norms.largest(plan.dtype)), roots)
@@ -125,8 +127,7 @@ def _roots_of_ratios(
     """
 
     def of_leaf(x: jax.Array, w: jax.Array) -> jax.Array:
-        zero = norms.read(x, jnp.zeros([], plan.dtype))
-        poison = jnp.sum(zero.real if jnp.iscomplexobj(zero) else zero)
+        poison = norms.poison(x, tuple(range(x.ndim)))
         least = jnp.full([], jnp.finfo(norms.accumulator(w.dtype)).tiny, plan.dtype)
         half = jnp.full([], 0.5, plan.dtype)
         # No bound at all is none for parameters of 0 either.

@@ -267,7 +267,7 @@ def clip_by_block_rms(
     Example:
         >>> import jax.numpy as jnp, optclip
         >>> clip = optclip.clip_by_block_rms(1.0)
-        >>> updates, _ = clip.update(jnp.array([2.0, -2.0]), None)
+        >>> updates, _ = clip.update(jnp.array([4.0, -4.0]), None)
         >>> updates.tolist()
         [1.0, -1.0]
 

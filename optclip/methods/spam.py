@@ -47,7 +47,8 @@ def spam_clip(
         An `optax.GradientTransformationExtraArgs` with a `ClipState`. `norm` and `clipped_norm`
         read the largest entry, `threshold` the smallest bound, `clip_rate` the share of entries
         clipped. State: one float32 for every entry of the parameters. Cost: it reads and writes
-        that state, and takes several passes over the gradient for the readings.
+        that state, and takes four passes over the gradient for the readings, and two more where an
+        entry is clipped.
 
     Raises:
         ValueError: If a concrete argument is out of its range.
@@ -94,57 +95,102 @@ def spam_clip(
             finite = jnp.isfinite(magnitude.value)
         acting = finite & (step_of(state).finite.astype(plan.dtype) >= warmup)
         moments, treedef = jax.tree.flatten(state.memory)
-        leaves, learned, least, above = {}, [], [], []
+        pairs = list(zip(planning.picked(plan, updates), moments, strict=True))
+        rise = jnp.where(acting, jnp.sqrt(theta), jnp.inf)
+        # The largest ratio of an entry to its bound, and the smallest bound, negative.
+        extremes = [jnp.stack(_extremes(x, moment, rise)).astype(plan.dtype) for x, moment in pairs]
+        extremes.append(jnp.array([0, -jnp.inf], plan.dtype))
+        worst, tightest = _over_devices(lax.pmax, plan, jnp.max(jnp.stack(extremes), axis=0))
+        # It reads everything once more, so it is left out where nothing is clipped.
+        clipping = acting & (worst > 1)
+        nothing = 0 * clipping.astype(plan.dtype)
+        left, count = measuring.where_needed(
+            clipping,
+            lambda pairs, rise: _look_closer(plan, pairs, rise),
+            lambda pairs, rise: (nothing, nothing),
+            pairs,
+            rise,
+        )
+        # A number of its own for the second pass: bounds computed from the same are shared.
+        rise, left, count = lax.optimization_barrier((rise, left, count))
         with jax.named_scope("optclip/limit"):
-            for member, x, moment in zip(
-                plan.members, planning.picked(plan, updates), moments, strict=True
-            ):
-                bound = jnp.sqrt(theta.astype(moment.dtype)) * moment
-                bound = jnp.where(acting & (moment > 0), bound, jnp.inf)
-                wide = norms.widened(x)
-                size = norms.modulus(wide)
-                factor = changing.entry_factor(limiters.rescale, wide, bound)
-                limited = (
-                    norms.scaled(norms.scaled(wide, factor.coarse), factor.fine)
-                    if jnp.iscomplexobj(x)
-                    else lax.clamp(-bound, wide, bound)
-                )
-                leaves[member.index] = limited.astype(x.dtype)
-                limited_size = jnp.minimum(size, bound)
-                seen = size if learn_from == "raw" else limited_size
-                # The root of v, as squares would leave the range; mixed as v is.
-                new = mixed(moment, seen, keep.astype(moment.dtype))
+            leaves, structure = jax.tree.flatten(updates)
+            learned = []
+            for member, (x, moment) in zip(plan.members, pairs, strict=True):
+                leaves[member.index] = _limited(x, moment, rise)
+                new = _learned(x, moment, None if learn_from == "raw" else rise, keep)
                 learned.append(jnp.where(finite, new, moment))
-                extremes = (jnp.min(bound), jnp.min(factor.product()), -jnp.max(limited_size))
-                least.append(jnp.stack([x.astype(plan.dtype) for x in extremes]))
-                count = jnp.sum((size > bound).astype(plan.dtype))
-                above.append(count / member.split.copies)
-            flat, structure = jax.tree.flatten(updates)
-            flat = [leaves.get(index, x) for index, x in enumerate(flat)]
-            updates = jax.tree.unflatten(structure, flat)
+            updates = jax.tree.unflatten(structure, leaves)
             if nonfinite == "zero":
                 updates = changing.zeroed_unless(finite, updates)
-        # The smallest bound, the smallest factor, and the largest entry left, negative.
-        least.append(jnp.array([jnp.inf, 1, 0], plan.dtype))
-        smallest = jnp.min(jnp.stack(least), axis=0)
-        share = sum(above, like)
-        if plan.axis_names:
-            smallest = lax.pmin(smallest, plan.axis_names)
-            share = lax.psum(devices.as_varying(share, plan.axis_names), plan.axis_names)
-        handed_on = 0 if nonfinite == "zero" else 1
+        zeroed = nonfinite == "zero"
+        clipped_norm = jnp.where(worst > 1, left, magnitude.saturated())
         outcome = Outcome(
             finite=finite,
             norm=magnitude.saturated(),
-            clipped_norm=jnp.where(
-                finite, -smallest[2], 0 if nonfinite == "zero" else magnitude.value
-            ),
-            threshold=smallest[0],
-            factor=jnp.where(finite, smallest[1], handed_on),
-            share=share / max(float(plan.sizes), 1),
+            clipped_norm=jnp.where(finite, clipped_norm, 0 if zeroed else magnitude.value),
+            threshold=-tightest,
+            factor=jnp.where(finite, 1 / jnp.maximum(worst, 1), 0 if zeroed else 1),
+            share=count / max(float(plan.sizes), 1),
         )
         return updates, advanced(state, outcome, jax.tree.unflatten(treedef, learned))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _bounded(
+    x: jax.Array, moment: jax.Array, rise: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A leaf widened, its moduli, and the bounds on them: infinity where the moment is 0.
+
+    Past a barrier, so that whoever asks computes them anew: shared, they would be written out.
+    """
+    x, moment, rise = lax.optimization_barrier((x, moment, rise))
+    wide = norms.widened(x)
+    bound = jnp.where(moment > 0, rise.astype(moment.dtype) * moment, jnp.inf)
+    return wide, norms.modulus(wide), bound
+
+
+def _extremes(x: jax.Array, moment: jax.Array, rise: jax.Array) -> tuple[jax.Array, jax.Array]:
+    _, size, bound = _bounded(x, moment, rise)
+    ratio = jnp.max(size / bound)
+    _, _, bound = _bounded(x, moment, rise)
+    return ratio, -jnp.min(bound)
+
+
+def _limited(x: jax.Array, moment: jax.Array, rise: jax.Array) -> jax.Array:
+    wide, _, bound = _bounded(x, moment, rise)
+    if not jnp.iscomplexobj(x):
+        return lax.clamp(-bound, wide, bound).astype(x.dtype)
+    factor = changing.entry_factor(limiters.rescale, wide, bound)
+    return norms.scaled(norms.scaled(wide, factor.coarse), factor.fine).astype(x.dtype)
+
+
+def _learned(x: jax.Array, moment: jax.Array, rise: jax.Array | None, keep: jax.Array) -> jax.Array:
+    """The root of v, as squares would leave the range; mixed as v is. Raw where `rise` is None."""
+    _, size, bound = _bounded(x, moment, jnp.ones_like(keep) if rise is None else rise)
+    seen = size if rise is None else jnp.minimum(size, bound)
+    return mixed(moment, seen, keep.astype(moment.dtype))
+
+
+def _look_closer(
+    plan: planning.Plan, pairs: list[tuple[jax.Array, jax.Array]], rise: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The largest entry that is left, and how many were clipped."""
+    left, count = [jnp.zeros([], plan.dtype)], jnp.zeros([], plan.dtype)
+    for member, (x, moment) in zip(plan.members, pairs, strict=True):
+        _, size, bound = _bounded(x, moment, rise)
+        left.append(jnp.max(jnp.minimum(size, bound)).astype(plan.dtype))
+        _, size, bound = _bounded(x, moment, rise)
+        count += jnp.sum((size > bound).astype(plan.dtype)) / member.split.copies
+    largest = _over_devices(lax.pmax, plan, jnp.max(jnp.stack(left)))
+    return largest, _over_devices(lax.psum, plan, count)
+
+
+def _over_devices(reduce: Any, plan: planning.Plan, x: jax.Array) -> jax.Array:
+    if not plan.axis_names:
+        return x
+    return reduce(devices.as_varying(x, plan.axis_names), plan.axis_names)
 
 
 def _second_moment(x: Any) -> jax.Array | None:

@@ -117,4 +117,5 @@ def _combined(parts: tuple[Any, ...], pick: Callable[[Step, list[jax.Array]], ja
         observe=observe,
         needs_params=any(rule.needs_params for rule in rules),
         has_memory=remember,
+        separable=all(rule.separable for rule in rules),
     )

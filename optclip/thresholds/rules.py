@@ -47,6 +47,9 @@ class Rule(NamedTuple):
             group, where the norm is 0, and in all groups where the gradient is not finite.
         needs_params: Whether `threshold` reads `params`, a `ParameterNorms` (None otherwise).
         has_memory: Whether `init` returns anything to remember.
+        separable: Whether there is no memory and the threshold of a group depends on that group
+            alone, so that `threshold` may be asked for one leaf's groups at a time, in a shape
+            that broadcasts against the leaf.
     """
 
     init: Callable[[jax.Array], Memory]
@@ -54,14 +57,18 @@ class Rule(NamedTuple):
     observe: Callable[[Memory, Step, jax.Array, jax.Array], Memory]
     needs_params: bool = False
     has_memory: bool = False
+    separable: bool = False
 
 
-def _forgetful(threshold: Callable[..., jax.Array], *, needs_params: bool = False) -> Rule:
+def _forgetful(
+    threshold: Callable[..., jax.Array], *, needs_params: bool = False, separable: bool = True
+) -> Rule:
     return Rule(
         init=lambda norms: (),
         threshold=threshold,
         observe=lambda memory, step, norms, clipped_norms: (),
         needs_params=needs_params,
+        separable=separable,
     )
 
 
@@ -107,7 +114,7 @@ def per_group(values: dict[Any, Any], name: str = "threshold") -> Rule:
     def threshold(memory, step, norms, params):
         return jnp.stack([rule.threshold((), step, norms, params) for rule in rules])
 
-    return _forgetful(threshold)
+    return _forgetful(threshold, separable=False)
 
 
 def relative_to_params(
