@@ -1,0 +1,1 @@
+"""What a clip costs: time, memory, passes over the tree, compilation; `python -m benchmarks`."""
