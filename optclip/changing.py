@@ -27,6 +27,9 @@ def rescale(plan: Plan, updates: Any, factors: Mapping[int, Factor]) -> Any:
 
     def scaled(member: Member, x: jax.Array) -> jax.Array:
         coarse, fine = own[member.index]
+        if x.dtype != norms.wide_dtype(x):
+            # As in `norms.read`: this cast is not to be shared. Another barrier than there.
+            x, coarse, fine = lax.optimization_barrier((x, coarse, fine))
         return norms.scaled(norms.scaled(norms.widened(x), coarse), fine)
 
     return _mapped(plan, updates, scaled)

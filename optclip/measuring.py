@@ -202,18 +202,20 @@ def _scales(plan: Plan, scale: Pieces | None) -> Sequence[jax.Array | None]:
 
 
 def _combined(norm: Norm, statistics: list[jax.Array]) -> jax.Array:
-    if len(statistics) == 1:
-        return statistics[0]
     if norm.adds:
-        return _added(statistics)
-    combine = norm.combine or jnp.max
-    return combine(jnp.stack(statistics), axis=0)
+        return in_pairs(lax.add, statistics)
+    if norm.combine in (None, jnp.max):
+        return in_pairs(lax.max, statistics)
+    return norm.combine(jnp.stack(statistics), axis=0)
 
 
-def _added(terms: list[jax.Array]) -> jax.Array:
-    """Their sum, in pairs: rounding grows with the logarithm of their number."""
+def in_pairs(combine: Callable[..., jax.Array], terms: list[jax.Array]) -> jax.Array:
+    """All terms combined, two at a time: roundings grow with the logarithm of their number.
+
+    As a reduction of their stack, a thousand would take XLA much longer to compile.
+    """
     while len(terms) > 1:
-        pairs = [lax.add(a, b) for a, b in zip(terms[::2], terms[1::2], strict=False)]
+        pairs = [combine(a, b) for a, b in zip(terms[::2], terms[1::2], strict=False)]
         terms = pairs + terms[len(pairs) * 2 :]
     return terms[0]
 
@@ -243,9 +245,9 @@ def _total_of_alike(
         for first in range(0, len(some), TOGETHER):
             chosen = some[first : first + TOGETHER]
             scale = chosen[0][1]  # The tree's one scale, for this kernel.
-            terms = _added([entries(x, scale) for x, _ in chosen])
+            terms = in_pairs(lax.add, [entries(x, scale) for x, _ in chosen])
             totals.append(jnp.sum(terms).astype(plan.dtype) / copies)
-    return _added(totals)
+    return in_pairs(lax.add, totals)
 
 
 def share_above(plan: Plan, updates: Any, threshold: jax.Array) -> jax.Array:
@@ -256,16 +258,14 @@ def share_above(plan: Plan, updates: Any, threshold: jax.Array) -> jax.Array:
         bound, one = threshold.astype(dtype), jnp.ones([], dtype)
         steep = jnp.full([], norms.largest(dtype), dtype)
         x, bound, steep, one = lax.optimization_barrier((x, bound, steep, one))
-        modulus = norms.modulus(norms.widened(x))
         # As arithmetic, which XLA fuses into the sum on every backend, and not as a comparison.
-        above = jnp.minimum((jnp.maximum(modulus, bound) - bound) * steep, one)
-        return jnp.sum(above).astype(plan.dtype)
+        excess = jnp.maximum(norms.modulus(norms.widened(x)), bound) - bound
+        return jnp.sum(jnp.minimum(excess * steep, one)).astype(plan.dtype)
 
-    counts = [
-        count(x) / member.split.copies
-        for member, x in zip(plan.members, planning.picked(plan, updates), strict=True)
-    ]
-    total = _added(counts) if counts else jnp.zeros([], plan.dtype)
+    counts = [jnp.zeros([], plan.dtype)]
+    for member, x in zip(plan.members, planning.picked(plan, updates), strict=True):
+        counts.append(count(x) / member.split.copies)
+    total = in_pairs(lax.add, counts)
     if plan.axis_names:
         total = lax.psum(devices.as_varying(total, plan.axis_names), plan.axis_names)
     return total / np.maximum(plan.sizes, 1).astype(plan.dtype)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from jax import lax
 from samples import ALL_METHODS, quick_jit
 
 import optclip
+from benchmarks.speed import contenders
 
 LEAVES, ENTRIES = 16, 2**21
 """33.5 million parameters."""
@@ -18,18 +18,6 @@ LEAVES, ENTRIES = 16, 2**21
 
 BOUNDS_THE_UPDATE = {"safeguard"}
 """Methods that hold an optimizer, and measure what comes out of it."""
-
-
-def bare_clip(max_norm):
-    """The least that a clip can be: a plain float32 sum of squares, read past a barrier."""
-
-    def update(updates, state, params=None):
-        leaves = [lax.optimization_barrier(x) for x in jax.tree.leaves(updates)]
-        squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves]
-        factor = max_norm / jnp.maximum(jnp.sqrt(sum(squares)), max_norm)
-        return jax.tree.map(lambda x: (x * factor).astype(x.dtype), updates), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def lowered(jit, clip, params):
@@ -86,7 +74,7 @@ def test_bfloat16_takes_a_third_of_optax_s_time_and_no_memory():
 
 def test_protection_does_not_slow_float32():
     ours = Race(optclip.clip_by_global_norm(1.0), jnp.float32)
-    bare = Race(bare_clip(1.0), jnp.float32)
+    bare = Race(contenders.floor(1.0), jnp.float32)
     assert least_ratio(ours, bare, enough=1.1) <= 1.1
 
 

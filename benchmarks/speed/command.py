@@ -99,6 +99,8 @@ def _judge(
 ) -> int:
     verdicts = judging.judge(limits, rounds, tick)
     console.print(tables.gates(verdicts))
+    for line in tables.missed(verdicts):
+        console.print(f"known: {line}", highlight=False)
     _write(file, header | {"gates": verdicts})
     return 0 if all(verdict["holds"] for verdict in verdicts) else 1
 

@@ -27,6 +27,7 @@ class Gate(NamedTuple):
         dtype: In which dtype.
         limit: The largest ratio.
         why: A sentence.
+        missed: Why it is known not to hold; empty where it should.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Gate(NamedTuple):
     dtype: str
     limit: float
     why: str
+    missed: str = ""
 
     @property
     def place(self) -> tuple[str, str]:
@@ -64,7 +66,7 @@ def _gate(file: Path, entry: dict[str, Any]) -> Gate:
     where = f"--gates {file}, {entry.get('name', 'a gate without a name')}"
     for name in entry.keys() - fields:
         raise ValueError(f"{where}: there is no {name!r}; {hint(name, fields)}")
-    for name in sorted(set(Gate._fields) - entry.keys()):
+    for name in sorted(set(Gate._fields) - {*Gate._field_defaults} - entry.keys()):
         raise ValueError(f"{where}: {name} is missing")
     exceptions, named = entry.get("except", []), list(entry["contenders"])
     everyone = contenders.known()
@@ -82,6 +84,6 @@ def _gate(file: Path, entry: dict[str, Any]) -> Gate:
     for name in [*named, *exceptions]:
         if name not in everyone:
             raise ValueError(f"{where}: no contender {name!r}; {hint(name, everyone)}")
-    values: dict[str, Any] = {field: entry[field] for field in Gate._fields}
+    values = {field: value for field, value in entry.items() if field in Gate._fields}
     values["contenders"] = tuple(named)
     return Gate(**values)

@@ -58,6 +58,7 @@ def judge(gates: list[Gate], rounds: int, tick: Tick = lambda what: None) -> lis
             "dtype": gate.dtype,
             "limit": gate.limit,
             "why": gate.why,
+            "missed": gate.missed,
             **found[gate, name],
             "holds": bool(found[gate, name]["measured"] <= gate.limit),
         }

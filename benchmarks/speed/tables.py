@@ -134,6 +134,12 @@ def gates(verdicts: list[dict[str, Any]]) -> Table:
     return result
 
 
+def missed(verdicts: list[dict[str, Any]]) -> list[str]:
+    """A line for each gate that does not hold and is known not to: what bounds it."""
+    reasons = {x["gate"]: x["missed"] for x in verdicts if not x["holds"] and x["missed"]}
+    return [f"{gate}: {reason}" for gate, reason in reasons.items()]
+
+
 def _measured(value: float, verdict: dict[str, Any]) -> str:
     return f"{value:.2%}" if verdict["measure"] == "temporary memory" else f"{value:.3f}"
 

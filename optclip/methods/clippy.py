@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optclip import changing, norms, pieces, planning, scopes
+from optclip import changing, devices, norms, pieces, planning, scopes
 from optclip.clipping import NO_PARAMS_MSG, Nonfinite, check_nonfinite
 from optclip.limiters import Factor
 from optclip.state import ClipState, LeafDetail, Outcome, advanced, fresh
@@ -88,16 +88,19 @@ def clippy(
         plan = look(updates)
         rho, alpha = (at(x, state.count, jnp.zeros([], plan.dtype)) for x in (relative, absolute))
         with jax.named_scope("optclip/measure"):
-            roots = _roots_of_ratios(plan, updates, params, rho, alpha)
+            by_leaf = _roots_of_ratios(plan, updates, params, rho, alpha)
+            roots = pieces.joined(plan, by_leaf)
             finite = jnp.all(jnp.isfinite(roots))
         with jax.named_scope("optclip/limit"):
-            over = finite & (roots > 1)
-            root = 1 / jnp.where(over, roots, 1)
             # Where the bound is 0 nothing may move.
-            closed = finite & (roots > 0) & (rho == 0) & (alpha == 0)
-            factor = Factor(root, jnp.where(closed, 0, root))
-            coarse, fine = (pieces.cut(plan, part) for part in factor)
-            factors = {start: Factor(coarse[start], fine[start]) for start in coarse}
+            shut = finite & (rho == 0) & (alpha == 0)
+
+            def factor_of(roots: jax.Array) -> Factor:
+                root = 1 / jnp.where(finite & (roots > 1), roots, 1)
+                return Factor(root, jnp.where(shut & (roots > 0), 0, root))
+
+            factor = factor_of(roots)
+            factors = {start: factor_of(root) for start, root in by_leaf.items()}
             updates = changing.rescale(plan, updates, factors)
             if nonfinite == "zero":
                 updates = changing.zeroed_unless(finite, updates)
@@ -111,7 +114,7 @@ def clippy(
             clipped_norm=_largest(clipped, finite | (nonfinite == "zero")),
             threshold=jnp.ones([], plan.dtype),
             factor=jnp.min(product, initial=1),
-            share=jnp.mean(over.astype(plan.dtype)) if roots.size else rho * 0,
+            share=jnp.mean((finite & (roots > 1)).astype(plan.dtype)) if roots.size else rho * 0,
         )
         return updates, advanced(state, outcome, (), LeafDetail(ratios, clipped) if detail else ())
 
@@ -120,7 +123,7 @@ def clippy(
 
 def _roots_of_ratios(
     plan: planning.Plan, updates: Any, params: Any, relative: jax.Array, absolute: jax.Array
-) -> jax.Array:
+) -> pieces.Pieces:
     """Of each leaf the largest ratio of an entry to its bound, as its square root.
 
     The root stays in range where the ratio does not. Infinity where an entry is not finite.
@@ -144,12 +147,14 @@ def _roots_of_ratios(
         root = jnp.max(norms.square_root(size) / norms.square_root(bound).astype(size.dtype))
         return jnp.where(jnp.isfinite(poison), root, jnp.inf).astype(plan.dtype)
 
-    roots = [
-        of_leaf(x, w)
-        for x, w in zip(planning.picked(plan, updates), planning.picked(plan, params), strict=True)
-    ]
-    vector = jnp.stack(roots) if roots else jnp.zeros(plan.shape, plan.dtype)
-    return lax.pmax(vector, plan.axis_names) if plan.axis_names else vector
+    pairs = zip(planning.picked(plan, updates), planning.picked(plan, params), strict=True)
+    roots = {
+        member.start: of_leaf(x, w) for member, (x, w) in zip(plan.members, pairs, strict=True)
+    }
+    if not plan.axis_names:
+        return roots
+    own = devices.as_varying(pieces.joined(plan, roots), plan.axis_names)
+    return pieces.cut(plan, lax.pmax(own, plan.axis_names))
 
 
 def _largest(ratios: jax.Array, finite: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """SPAM's spike-aware clip: every entry against its own second moment."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -98,9 +99,10 @@ def spam_clip(
         pairs = list(zip(planning.picked(plan, updates), moments, strict=True))
         rise = jnp.where(acting, jnp.sqrt(theta), jnp.inf)
         # The largest ratio of an entry to its bound, and the smallest bound, negative.
-        extremes = [jnp.stack(_extremes(x, moment, rise)).astype(plan.dtype) for x, moment in pairs]
-        extremes.append(jnp.array([0, -jnp.inf], plan.dtype))
-        worst, tightest = _over_devices(lax.pmax, plan, jnp.max(jnp.stack(extremes), axis=0))
+        extremes = [(like, like - jnp.inf)]
+        extremes += [_extremes(x, moment, rise) for x, moment in pairs]
+        both = [_largest(plan.dtype, some) for some in zip(*extremes, strict=True)]
+        worst, tightest = _over_devices(lax.pmax, plan, jnp.stack(both))
         # It reads everything once more, so it is left out where nothing is clipped.
         clipping = acting & (worst > 1)
         nothing = 0 * clipping.astype(plan.dtype)
@@ -177,14 +179,18 @@ def _look_closer(
     plan: planning.Plan, pairs: list[tuple[jax.Array, jax.Array]], rise: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The largest entry that is left, and how many were clipped."""
-    left, count = [jnp.zeros([], plan.dtype)], jnp.zeros([], plan.dtype)
+    left, counts = [jnp.zeros([], plan.dtype)], [jnp.zeros([], plan.dtype)]
     for member, (x, moment) in zip(plan.members, pairs, strict=True):
         _, size, bound = _bounded(x, moment, rise)
-        left.append(jnp.max(jnp.minimum(size, bound)).astype(plan.dtype))
+        left.append(jnp.max(jnp.minimum(size, bound)))
         _, size, bound = _bounded(x, moment, rise)
-        count += jnp.sum((size > bound).astype(plan.dtype)) / member.split.copies
-    largest = _over_devices(lax.pmax, plan, jnp.max(jnp.stack(left)))
-    return largest, _over_devices(lax.psum, plan, count)
+        counts.append(jnp.sum((size > bound).astype(plan.dtype)) / member.split.copies)
+    largest = _over_devices(lax.pmax, plan, _largest(plan.dtype, left))
+    return largest, _over_devices(lax.psum, plan, measuring.in_pairs(lax.add, counts))
+
+
+def _largest(dtype: Any, numbers: Sequence[jax.Array]) -> jax.Array:
+    return measuring.in_pairs(lax.max, [x.astype(dtype) for x in numbers])
 
 
 def _over_devices(reduce: Any, plan: planning.Plan, x: jax.Array) -> jax.Array:
