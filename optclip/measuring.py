@@ -234,11 +234,12 @@ def _total_of_alike(
     For a rarely needed second look at a tree of a thousand leaves, which would otherwise cost as
     long to compile as the first. Leaves are alike where their paths differ in numbers only, as
     those of repeated layers do: those lie alike on a mesh too, and can be added without traffic.
+    What JAX knows to lie differently (on explicit axes, in `shard_map`) is not alike.
     """
     alike: dict[Any, list[tuple[jax.Array, jax.Array | None]]] = {}
     for member, x, scale in members:
         role = re.sub(r"\d+", "#", member.path)
-        key = (role, x.shape, jnp.dtype(x.dtype), member.split.copies)
+        key = (role, jax.typeof(x), member.split.copies)
         alike.setdefault(key, []).append((x, scale))
     totals = []
     for (*_, copies), some in alike.items():

@@ -19,6 +19,8 @@ from jax.sharding import PartitionSpec as P
 from registry import Method
 from samples import ALL_METHODS, assert_close, detailed, quick_jit, specs_of_state
 
+import optclip
+
 SPECS = {
     "kernel": P(("data", "fsdp")),
     "keys": P("tensor", "fsdp"),
@@ -253,3 +255,22 @@ def test_shard_map(single, layout, strict):
             under_shard_map(single.method, manual)
     else:
         assert_close(under_shard_map(single.method, manual), single.steps)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e30])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_leaves_of_one_role_may_lie_differently(axis_type, size):
+    """Alike but for a number in their paths, they may be added up entry by entry; here they cannot.
+
+    At 1e30 they are measured a second time.
+    """
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+    specs = [P("data"), P(None, "model"), P()]
+    whole = jnp.full((8, 8), size)
+    clip = optclip.clip_by_global_norm(1.0)
+    with jax.set_mesh(mesh):
+        tree = [jax.device_put(whole, NamedSharding(mesh, spec)) for spec in specs]
+        updates, state = jax.jit(clip.update)(tree, clip.init(tree))
+    np.testing.assert_allclose(state.norm, size * np.sqrt(192), rtol=1e-6)
+    for update in updates:
+        np.testing.assert_allclose(jax.device_get(update), 1 / np.sqrt(192), rtol=1e-6)
