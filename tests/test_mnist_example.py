@@ -134,7 +134,9 @@ def test_momentum_learns_the_digits_at_once_and_in_two(run, tmp_path):
     at_once, in_two = tmp_path / "at_once", tmp_path / "in_two"
     code, stdout_at_once, _ = run("--optimizer", "momentum", "--out", at_once)
     assert code == 0
-    assert result_of(stdout_at_once)["test_accuracy"] >= 0.93
+    # Which of 297 digits are right at the end is chance: twelve runs of eight seeds gave 0.919 to
+    # 0.970, and a rounding elsewhere is as good as another seed.
+    assert result_of(stdout_at_once)["test_accuracy"] >= 0.9
     run("--optimizer", "momentum", "--epochs", 5, "--out", in_two)
     _, stdout_in_two, _ = run("--optimizer", "momentum", "--out", in_two, "--resume")
     assert_same_run(at_once, in_two, stdout_at_once, stdout_in_two)
