@@ -164,23 +164,29 @@ def clip_by(
             bound = jnp.where(finite, threshold, jnp.inf)
             factor = limiters.factor_of(limiter, magnitude, bound)
 
-            def factor_of_piece(start: int) -> Factor:
-                own = asked
-                if asked.ndim:
-                    of_piece = None if of_params is None else of_params.pieces[start]
-                    own = threshold_for(state, found.pieces[start], of_piece, plan.size_at(start))
-                bound = jnp.where(finite, own, jnp.inf)
-                root = limiters.root_of_factor(limiter, found.pieces[start], bound)
-                return Factor(root, root)
+            def factors_by_piece() -> dict[int, Factor]:
+                """From the pieces themselves, where their thresholds depend on nothing else."""
+                factors: dict[int, Factor] = {}
+                for start, piece in found.pieces.items():
+                    own = asked
+                    if asked.ndim:
+                        of_piece = None if of_params is None else of_params.pieces[start]
+                        own = threshold_for(state, piece, of_piece, plan.size_at(start))
+                    if own.shape not in ((), piece.value.shape):
+                        return {}
+                    own = jnp.where(finite, own, jnp.inf)
+                    root = limiters.root_of_factor(limiter, piece, own)
+                    factors[start] = Factor(root, root)
+                return factors
 
             if scope.per_entry:
                 share = _share_of_entries(plan, updates, group_norms, bound)
                 updates = changing.clamp(plan, updates, limiter, bound)
             else:
                 share = _share_of_groups(plan, group_norms, bound)
-                if rule.separable and plan.shape and not plan.axis_names:
-                    factors = {start: factor_of_piece(start) for start in found.pieces}
-                else:
+                separate = rule.separable and plan.shape and not plan.axis_names
+                factors = factors_by_piece() if separate else {}
+                if not factors:
                     coarse, fine = (pieces.cut(plan, part) for part in factor)
                     factors = {start: Factor(coarse[start], fine[start]) for start in coarse}
                 updates = changing.rescale(plan, updates, factors)

@@ -8,7 +8,6 @@ Factors end in a division on purpose: XLA does not repeat a division for every e
 multiplies, as it would repeat a comparison and a choice.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,14 +27,11 @@ class Limiter(NamedTuple):
             must fall like threshold / norm.
         entry: (entry, threshold) -> limited entry, for real arrays whose every entry is a group of
             its own; None to multiply by the factor.
-        root: (root of norm, root of threshold) -> root of factor, square roots all: in range where
-            the factor itself is not. None to take the root of `factor`.
     """
 
     name: str
     factor: Callable[[jax.Array, jax.Array], jax.Array]
     entry: Callable[[jax.Array, jax.Array], jax.Array] | None = None
-    root: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
 
 def _rescale(norm: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -55,7 +51,6 @@ rescale = Limiter(
     "rescale",
     _rescale,
     entry=lambda entry, threshold: jnp.clip(entry, -threshold, threshold),
-    root=_rescale,
 )
 """The classic clip, min(1, threshold / norm): below the threshold nothing changes."""
 
@@ -102,14 +97,19 @@ def factor_of(limiter: Limiter, magnitude: Magnitude, threshold: jax.Array) -> F
     return Factor(coarse, fine)
 
 
-@functools.partial(jax.jit, static_argnames="limiter")
 def root_of_factor(limiter: Limiter, magnitude: Magnitude, threshold: jax.Array) -> jax.Array:
     """The square root of the factor: one array in few operations, where there are many groups.
 
     A leaf is multiplied by it twice. Its slope is 0 where the threshold is 0.
     """
-    if limiter.root is None:
-        factor = factor_of(limiter, magnitude, threshold)
-        return square_root(factor.coarse) * square_root(factor.fine)
+    if limiter is rescale:  # Others may read what changes, and must be called anew each time.
+        return _root_of_rescale(magnitude, threshold)
+    factor = factor_of(limiter, magnitude, threshold)
+    return square_root(factor.coarse) * square_root(factor.fine)
+
+
+@jax.jit
+def _root_of_rescale(magnitude: Magnitude, threshold: jax.Array) -> jax.Array:
+    """For pieces: traced once for all that are alike. Roots are in range where factors are not."""
     norm = square_root(magnitude.value) / jnp.sqrt(magnitude.scale)
-    return limiter.root(norm, square_root(threshold))
+    return _rescale(norm, square_root(threshold))

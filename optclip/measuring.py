@@ -129,16 +129,22 @@ def _finished(
     return found
 
 
-@functools.partial(jax.jit, static_argnames=("norm", "size"))
-def _range_scale(norm: Norm, statistic: jax.Array, size: float) -> jax.Array:
-    """For pieces: traced once for all that are alike."""
-    return norms.range_scale(norm, statistic, size)
+def _of_piece(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """(norm, statistic, size) -> array, traced once for all pieces that are alike.
+
+    With norms of others as it is: they may read what changes, and need not be hashable.
+    """
+    traced_once = jax.jit(function, static_argnums=(0, 2))
+
+    def of_piece(norm: Norm, statistic: jax.Array, size: np.float64) -> jax.Array:
+        ours = any(norm is own for own in (norms.l1, norms.l2, norms.rms))
+        return (traced_once if ours else function)(norm, statistic, size)
+
+    return of_piece
 
 
-@functools.partial(jax.jit, static_argnames=("norm", "size"))
-def _finish(norm: Norm, statistic: jax.Array, size: float) -> jax.Array:
-    """For pieces: traced once for all that are alike."""
-    return norm.finish(statistic, size)
+_range_scale = _of_piece(norms.range_scale)
+_finish = _of_piece(lambda norm, statistic, size: norm.finish(statistic, size))
 
 
 def where_needed(
@@ -184,7 +190,7 @@ def _statistics_here(
         compact: Whether to compile fast rather than to run fast.
     """
     members = list(zip(plan.members, leaves, _scales(plan, scale), strict=True))
-    if compact and norm.entries is not None and plan.shape == ():
+    if compact and norm.entries is not None and norm.combine is jnp.sum and plan.shape == ():
         return {0: _total_of_alike(plan, norm.entries, members)} if members else {}
     found: dict[int, list[jax.Array]] = {}
     for member, x, own_scale in members:
@@ -202,11 +208,12 @@ def _scales(plan: Plan, scale: Pieces | None) -> Sequence[jax.Array | None]:
 
 
 def _combined(norm: Norm, statistics: list[jax.Array]) -> jax.Array:
-    if norm.adds:
-        return in_pairs(lax.add, statistics)
-    if norm.combine in (None, jnp.max):
-        return in_pairs(lax.max, statistics)
-    return norm.combine(jnp.stack(statistics), axis=0)
+    if len(statistics) == 1 or norm.combine is None:
+        return statistics[0]
+    in_two = {jnp.sum: lax.add, jnp.max: lax.max}.get(norm.combine)
+    if in_two is None:
+        return norm.combine(jnp.stack(statistics), axis=0)
+    return in_pairs(in_two, statistics)
 
 
 def in_pairs(combine: Callable[..., jax.Array], terms: list[jax.Array]) -> jax.Array:

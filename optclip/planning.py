@@ -63,9 +63,9 @@ class Plan(NamedTuple):
     dtype: np.dtype
     axis_names: tuple[str, ...]
 
-    def size_at(self, start: int) -> float:
+    def size_at(self, start: int) -> np.float64:
         """Entries of each of the groups of the piece that begins there."""
-        return float(self.sizes.reshape(-1)[start])
+        return np.float64(self.sizes.reshape(-1)[start])
 
 
 def is_floating(x: Any) -> bool:

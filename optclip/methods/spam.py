@@ -155,7 +155,7 @@ def _bounded(
 
 def _extremes(x: jax.Array, moment: jax.Array, rise: jax.Array) -> tuple[jax.Array, jax.Array]:
     _, size, bound = _bounded(x, moment, rise)
-    ratio = jnp.max(size / bound)
+    ratio = jnp.max(size / jnp.maximum(bound, jnp.finfo(bound.dtype).tiny))  # Not 0 / 0.
     _, _, bound = _bounded(x, moment, rise)
     return ratio, -jnp.min(bound)
 

@@ -98,7 +98,7 @@ def _combined(parts: tuple[Any, ...], pick: Callable[[Step, list[jax.Array]], ja
 
     def threshold(memory, step, norms, params):
         limits = [
-            jnp.broadcast_to(rule.threshold(own, step, norms, params), norms.shape)
+            rule.threshold(own, step, norms, params)
             for rule, own in zip(rules, memory or ((),) * len(rules), strict=True)
         ]
         return pick(step, limits)
