@@ -38,7 +38,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 from rich.box import SIMPLE_HEAD
@@ -51,6 +51,7 @@ from benchmarks import dynamics_rules, dynamics_streams
 from benchmarks.dynamics_figures import Figures, measure
 from benchmarks.dynamics_picture import draw
 from benchmarks.dynamics_rules import Family, Traces
+from benchmarks.parsing import Parser
 
 STEPS, SEEDS = dynamics_streams.SHIFT + 5000, 20
 QUICK_STEPS, QUICK_SEEDS = dynamics_streams.SHIFT + 500, 3
@@ -74,13 +75,6 @@ EXAMPLES = """examples:
   python -m benchmarks.dynamics --method robust_clip --method "zclip max"
   python -m benchmarks.dynamics --json runs/dynamics.json --out runs/dynamics
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def run(
@@ -206,8 +200,8 @@ def _json(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m benchmarks.dynamics",
         description="Drives every adaptive rule through streams of norms: noise, spikes, shifts.",
         epilog=f"{EXAMPLES}\nwhat the figures mean:\n\n{(__doc__ or '').partition(chr(10))[2]}",

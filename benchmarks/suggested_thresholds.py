@@ -23,7 +23,7 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -32,6 +32,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks import suggested_picture
+from benchmarks.parsing import Parser
 from benchmarks.suggested_runs import NO_CLIP, Runner, fixed
 from benchmarks.suggested_tasks import TASKS
 from optclip.tuning.plain import plain
@@ -48,13 +49,6 @@ EXAMPLES = """examples:
   python -m benchmarks.suggested_thresholds --task digits
   python -m benchmarks.suggested_thresholds --out runs/again      from the beginning, elsewhere
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def grid() -> Iterator[tuple[int, float, str]]:
@@ -177,7 +171,7 @@ def table(name: str, kind: str, compared: dict[str, Any]) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the benchmark from the command line."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m benchmarks.suggested_thresholds",
         description=__doc__,
         epilog=EXAMPLES,

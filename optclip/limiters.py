@@ -48,9 +48,7 @@ def _smooth(norm: jax.Array, threshold: jax.Array) -> jax.Array:
 
 
 rescale = Limiter(
-    "rescale",
-    _rescale,
-    entry=lambda entry, threshold: jnp.clip(entry, -threshold, threshold),
+    "rescale", _rescale, entry=lambda entry, threshold: jnp.clip(entry, -threshold, threshold)
 )
 """The classic clip, min(1, threshold / norm): below the threshold nothing changes."""
 

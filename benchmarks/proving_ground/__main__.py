@@ -7,10 +7,10 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 
+from benchmarks.parsing import Parser
 from benchmarks.proving_ground import __doc__ as about
 from benchmarks.proving_ground import choosing, jobs, pictures, reporting, running
 from benchmarks.proving_ground.jobs import FULL, QUICK
@@ -25,15 +25,8 @@ EXAMPLES = f"""examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog=PROGRAM,
         description="Trains the same small tasks with every clip, to see which one to use.",
         epilog=f"{EXAMPLES}\nwhat is run and what the scores mean:\n\n{about}",
@@ -140,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _export(parser: _Parser, orders: list[running.Order], file: Path, typed: str) -> int:
+def _export(parser: Parser, orders: list[running.Order], file: Path, typed: str) -> int:
     found = reporting.rows(orders)
     missing = sum(jobs.read(running.job(order)) is None for order in orders)
     if not found:
