@@ -61,7 +61,7 @@ def clip_by(
         axis_name: Inside `shard_map` and `pmap`: the mesh axes over which leaves may be split, a
             name or a tuple of names. `()` has every device clip its own part by itself.
         sharded: Where JAX does not track which leaves are split over `axis_name` (`pmap`, or
-            `shard_map` with `check_vma=False`): a tree of `PartitionSpec`s, or a function from
+            `shard_map` with `check_vma=False`): a tree of `PartitionSpec`, or a function from
             path to the axes a leaf is split over. None as an answer: the leaf is not split.
         nonfinite: What a gradient with a non-finite entry becomes: "propagate" hands the whole
             tree on untouched, "zero" makes every update of the step zero. Neither is learned from.

@@ -221,7 +221,7 @@ l2 = _of_sums(
     finish=lambda statistic, size: _root(statistic, 2),
     lift=lambda norm, size: norm * norm,
 )
-"""The Euclidean norm, sqrt(sum |x|^2)."""
+"""The Euclidean norm, `sqrt(sum |x|^2)`."""
 
 rms = _of_sums(
     "rms",
@@ -230,7 +230,7 @@ rms = _of_sums(
     finish=lambda statistic, size: _root(_mean(statistic, size), 2),
     lift=lambda norm, size: norm * norm * jnp.asarray(size, norm.dtype),
 )
-"""The root mean square, sqrt(mean |x|^2)."""
+"""The root mean square, `sqrt(mean |x|^2)`."""
 
 l1 = _of_sums(
     "l1",
@@ -256,7 +256,7 @@ linf = Norm(
 
 
 def lp(power: float) -> Norm:
-    """The p-norm, (sum |x|^p)^(1/p), for any p > 0.
+    """The p-norm, `(sum |x|^p)^(1/p)`, for any p > 0.
 
     Args:
         power: p. 1, 2 and infinity return `l1`, `l2` and `linf`. Below 1 it is not a norm in the

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optclip.guarding import SafeguardState
 from optclip.planning import is_floating
 from optclip.scopes import array_in, leaves_with_paths
-from optclip.skipping import SafeguardState, SkipState
+from optclip.skipping import SkipState
 from optclip.state import ClipState, LeafDetail
 
 _CLIP = (
@@ -32,7 +33,7 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     for each leaf, which a step with thousands of leaves may want to do only now and then.
 
     Args:
-        opt_state: Any nest of states with `ClipState`s in it: a chain's, an optimizer's inside
+        opt_state: Any nest of states with a `ClipState` in it: a chain's, an optimizer's inside
             `optax.MultiSteps` or `optax.inject_hyperparams`, the `opt_state` of a linen
             `TrainState` or an `nnx.Optimizer`.
         params: What names the readings of single leaves, where `detail=True` keeps them: a tree

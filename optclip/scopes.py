@@ -62,7 +62,7 @@ leaf = Scope("leaf", _whole, whole_leaves=True)
 """Every leaf has a norm of its own."""
 
 element = Scope("element", _whole, labels=_same, one_group=True, per_entry=True, whole_leaves=True)
-"""Every entry is its own group. The norm reported, and shown to the rule, is the largest |x|."""
+"""Every entry is its own group. The norm reported, and shown to rules, is the largest modulus."""
 
 
 def group(labels: Any, order: Sequence[Label] | None = None) -> Scope:

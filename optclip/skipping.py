@@ -1,10 +1,9 @@
-"""Wrappers that hold an optimizer: `skip_spikes` and `safeguard`.
+"""`skip_spikes`: a wrapper that leaves spikes out.
 
 A factor of 0 is no skip: zeros still decay momentum, weight decay still acts, and schedules still
 advance. A wrapper can leave the optimizer it holds exactly as it was.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -13,10 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from optclip import measuring, norms, planning, scopes
-from optclip.clipping import NEEDS_STATE_MSG, NO_PARAMS_MSG, clip_by
-from optclip.methods import robust_clip
-from optclip.state import ClipState
-from optclip.thresholds.checking import check_choice, check_count, check_number, number_at
+from optclip.clipping import NEEDS_STATE_MSG
+from optclip.thresholds.checking import check_choice, check_count, check_number
 
 SkipNonfinite = Literal["skip", "propagate"]
 
@@ -168,7 +165,7 @@ def skip_spikes(
             new = _written(ring, value, spike, new_level, streak)
             return jax.tree.map(lambda a, b: jnp.where(teaches, a, b), new, ring)
 
-        updates, inner_state = _unless(
+        updates, inner_state = unless(
             skipping, held.update, updates, state.inner_state, params, extra_args
         )
         return updates, SkipState(
@@ -186,7 +183,7 @@ def skip_spikes(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _unless(
+def unless(
     skipping: jax.Array,
     update: Callable[..., Any],
     updates: Any,
@@ -242,138 +239,3 @@ def _written(
     return Accepted(
         jnp.where(new_level, spikes, values), jnp.where(new_level, held(streak), count), spikes
     )
-
-
-class SafeguardState(NamedTuple):
-    """What `safeguard` remembers.
-
-    Attributes:
-        clip: Of the clip before the optimizer.
-        inner_state: State of the optimizer it holds.
-        bound: Of the bound after the optimizer.
-        update_ratio: Norm of the last update over that of the parameters (or the floor under it).
-        skipping: Whether the last step was skipped; bool.
-        skipped_steps: Steps skipped so far; int32.
-    """
-
-    clip: ClipState
-    inner_state: Any
-    bound: ClipState
-    update_ratio: jax.Array
-    skipping: jax.Array
-    skipped_steps: jax.Array
-
-
-def safeguard(
-    inner: optax.GradientTransformation,
-    *,
-    deviations: Any = 2.0,
-    ratio: Any = 0.01,
-    nonfinite: SkipNonfinite = "skip",
-    axis_name: Any = None,
-    sharded: Any = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""The two clips that a run needs, around any optimizer, with no threshold to choose.
-
-    .. math:: g \to \mathrm{robust\_clip} \to \mathrm{inner} \to \mathrm{clip\_by\_param\_norm}
-        \to \Delta w
-
-    Spikes are caught before the optimizer, by a rule that learns what is usual (`robust_clip`), so
-    that they do not spoil its momentum. A step that is too long, because the learning rate is too
-    large for the moment, is caught after it, by a bound relative to the parameters
-    (`clip_by_param_norm`). A step whose gradient is not finite is skipped, with `inner` untouched.
-
-    Everything that `inner` adds to the update is bounded with it: where the bound holds, decoupled
-    weight decay shrinks by the same factor as the step, so it decays more slowly than its
-    coefficient says. Schedules in `inner` keep their meaning below the bound.
-
-    Args:
-        inner: The optimizer.
-        deviations: Of `robust_clip`.
-        ratio: Of `clip_by_param_norm`: the largest update as a share of the parameters' norm. Which
-            value is best depends on the task: in our runs 0.003 for a small transformer with
-            momentum, 0.01 with AdamW, 0.03 for a convolutional network with plain SGD.
-        nonfinite: "skip", or "propagate" to hand non-finite gradients to `inner`.
-        axis_name: See `clip_by`.
-        sharded: See `clip_by`.
-
-    Returns:
-        An `optax.GradientTransformationExtraArgs` with a `SafeguardState`. `metrics` reports
-        `clip/...` for the clip before, `bound/...` for the one after (with `bound/update_ratio`)
-        and `skip/...`. `update` needs `params`; extra arguments go to `inner`. Cost: one pass over
-        the gradient, one over the update and one over the parameters.
-
-    Raises:
-        ValueError: If a concrete argument is out of its range, or `update` gets no `params`.
-
-    Example:
-        >>> import jax.numpy as jnp, optax, optclip
-        >>> optimizer = optclip.safeguard(optax.adamw(1e-3))
-        >>> params = jnp.ones(2)
-        >>> state = optimizer.init(params)
-        >>> updates, state = optimizer.update(jnp.array([3.0, 4.0]), state, params)
-        >>> float(optclip.metrics(state)["bound/update_ratio"]) <= 0.01
-        True
-    """
-    held = optax.with_extra_args_support(inner)
-    check_choice(nonfinite, ("skip", "propagate"), "safeguard(nonfinite=...)")
-    check_number(ratio, "safeguard(ratio)", mend="pass jnp.inf to switch the bound off")
-    clip = robust_clip(deviations, axis_name=axis_name, sharded=sharded)
-
-    def bound(threshold: Any) -> optax.GradientTransformationExtraArgs:
-        return clip_by(threshold, axis_name=axis_name, sharded=sharded)
-
-    def length(updates: Any, params: Any) -> jax.Array:
-        """The norm of the parameters, or the floor of `clip_by_param_norm` under it."""
-        plan = planning.plan(scopes.tree, updates, axis_name, sharded)
-        least = 1e-3 * jnp.sqrt(jnp.asarray(plan.sizes, plan.dtype))
-        return jnp.maximum(measuring.measure(plan, norms.l2, params).saturated(), least)
-
-    def init(params: Any) -> SafeguardState:
-        whole = functools.partial(planning.whole_on_devices_of, params)
-        clip_state: Any = clip.init(params)
-        bound_state: Any = bound(jnp.inf).init(params)
-        return SafeguardState(
-            clip=clip_state,
-            inner_state=held.init(params),
-            bound=bound_state,
-            update_ratio=whole(jnp.zeros([], planning.tree_dtype(params))),
-            skipping=whole(jnp.zeros([], bool)),
-            skipped_steps=whole(jnp.zeros([], jnp.int32)),
-        )
-
-    def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, SafeguardState]:
-        if state is None:
-            raise ValueError(NEEDS_STATE_MSG)
-        clip_state: Any
-        updates, clip_state = clip.update(updates, state.clip, params)
-        skipping = clip_state.nonfinite_steps > state.clip.nonfinite_steps
-        skipping &= nonfinite == "skip"
-
-        def step(updates: Any, states: Any, params: Any, **extra_args: Any) -> tuple[Any, Any]:
-            inner_state, bound_state, update_ratio = states
-            updates, inner_state = held.update(updates, inner_state, params, **extra_args)
-            if params is None:
-                raise ValueError(NO_PARAMS_MSG)
-            allowed = length(updates, params)
-            threshold = number_at(ratio, bound_state.count, allowed) * allowed
-            new: Any
-            updates, new = bound(threshold).update(updates, bound_state)
-            reached = (new.clipped_norm / allowed).astype(update_ratio.dtype)
-            return updates, (inner_state, new, reached)
-
-        states = (state.inner_state, state.bound, jnp.zeros_like(state.update_ratio))
-        updates, states = _unless(skipping, step, updates, states, params, extra_args)
-        inner_state, bound_state, update_ratio = states
-        return updates, SafeguardState(
-            clip=clip_state,
-            inner_state=inner_state,
-            bound=bound_state,
-            update_ratio=update_ratio,
-            skipping=skipping,
-            skipped_steps=state.skipped_steps + skipping.astype(jnp.int32),
-        )
-
-    return optax.GradientTransformationExtraArgs(init, update)

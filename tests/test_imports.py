@@ -22,6 +22,7 @@ LAYERS = (
     {"histograms"},
     {"methods"},
     {"skipping"},
+    {"guarding"},
     {"readings"},
     {"optclip"},
     {"tuning", "catalogue"},
@@ -31,7 +32,7 @@ LAYERS = (
 )
 """A module may import from its own layer and from those before it, but not in a circle."""
 
-WITH_OPTAX = {"state", "clipping", "histograms", "methods", "skipping", "catalogue"}
+WITH_OPTAX = {"state", "clipping", "histograms", "methods", "skipping", "guarding", "catalogue"}
 OUTSIDE = {name: {"jax", "numpy", "optax"} for name in WITH_OPTAX}
 """What else a module may import; jax and numpy, which comes with jax, where nothing is said."""
 

@@ -11,7 +11,7 @@ from benchmarks.proving_ground.candidates import CANDIDATES
 from benchmarks.proving_ground.contenders import CONTENDERS, NO_CLIP
 from benchmarks.proving_ground.jobs import Size
 from benchmarks.proving_ground.running import Order
-from benchmarks.proving_ground.tasks import TASKS
+from benchmarks.proving_ground.tasks import TASKS, VARIANTS
 
 QUICK_TASKS = ("quadratic", "transformer, momentum", "ranker")
 QUICK_METHODS = (NO_CLIP, "clip_by_global_norm", "zclip", "robust_clip", "safeguard")
@@ -41,7 +41,8 @@ def orders(
     """
     names = [contender.name for contender in (CANDIDATES if candidates else CONTENDERS)]
     few_tasks, few_methods = QUICK_TASKS, tuple(names) if candidates else QUICK_METHODS
-    meant_tasks = _begin("--task", tasks or (few_tasks if quick else None), list(TASKS))
+    known = list(TASKS | VARIANTS if candidates else TASKS)
+    meant_tasks = _begin("--task", tasks or (few_tasks if quick else None), known)
     meant_methods = _begin("--method", methods or (few_methods if quick else None), names)
     return [Order(task, method, size, folder) for task in meant_tasks for method in meant_methods]
 
@@ -66,7 +67,7 @@ def listed(candidates: bool) -> Group:
     tasks = Table(title="tasks", title_justify="left", box=SIMPLE_HEAD)
     for heading in ("task", "steps", "settings"):
         tasks.add_column(heading)
-    for task in TASKS.values():
+    for task in (TASKS | VARIANTS if candidates else TASKS).values():
         settings = "; ".join(setting.name for setting in task.settings)
         tasks.add_row(task.name, f"{task.steps:,}", settings)
     methods = Table(title="methods", title_justify="left", box=SIMPLE_HEAD)

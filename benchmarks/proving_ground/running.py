@@ -20,7 +20,7 @@ from benchmarks.proving_ground import jobs
 from benchmarks.proving_ground.candidates import CANDIDATES
 from benchmarks.proving_ground.contenders import CONTENDERS, Contender
 from benchmarks.proving_ground.jobs import Job, Size
-from benchmarks.proving_ground.tasks import TASKS
+from benchmarks.proving_ground.tasks import TASKS, VARIANTS
 
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
@@ -48,7 +48,7 @@ def contenders() -> dict[str, Contender]:
 
 def job(order: Order) -> Job:
     """The job that is meant."""
-    return Job(TASKS[order.task], contenders()[order.method], order.size, order.folder)
+    return Job((TASKS | VARIANTS)[order.task], contenders()[order.method], order.size, order.folder)
 
 
 class Done(NamedTuple):

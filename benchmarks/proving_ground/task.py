@@ -59,9 +59,11 @@ class Task(NamedTuple):
             the thresholds that are tried.
         init: From the seed to the parameters.
         objective: (parameters, batch) to (the loss whose gradient is taken, the loss to record).
-        optimizer: From the learning rate to the optimizer.
+        optimizer: From the learning rate to the optimizer, which the method is put before, after or
+            around.
         settings: The first is the plain one.
         held_out: From the parameters to the loss on data not trained on; None where there are none.
+        outside: From the learning rate to what comes after optimizer and method, unseen by both.
         frozen: From the path of a parameter to whether it waits for `Feed.thawed`.
         last: The share of the steps whose losses are the result.
         settle: How the losses of the last steps become one number.
@@ -77,6 +79,7 @@ class Task(NamedTuple):
     optimizer: Callable[[Any], optax.GradientTransformation]
     settings: tuple[Setting, ...]
     held_out: Callable[[Any], Any] | None = None
+    outside: Callable[[Any], optax.GradientTransformation] | None = None
     frozen: Callable[[str], bool] = lambda path: False
     last: float = 0.1
     settle: Callable[..., Any] = np.mean

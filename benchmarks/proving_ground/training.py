@@ -41,6 +41,8 @@ def program(task: Task, contender: Contender) -> Any:
 
     def run(rate: Any, threshold: Any, params: Any, place: Any, feed: Feed) -> Curves:
         optimizer = contender.build(task.optimizer(rate), threshold)
+        if task.outside:
+            optimizer = optax.chain(optimizer, task.outside(rate))
         waits = _by_path(task, params)
 
         def step(carry: Any, given: Feed) -> tuple[Any, Any]:

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 
 from optclip import histograms
+from optclip.guarding import SafeguardState
 from optclip.histograms import NormHistogram
 from optclip.scopes import array_in
-from optclip.skipping import SafeguardState, SkipState
+from optclip.skipping import SkipState
 from optclip.state import ClipState
 from optclip.tuning.wording import Unusable
 

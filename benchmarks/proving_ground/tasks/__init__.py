@@ -20,3 +20,6 @@ TASKS: dict[str, Task] = {
         ranker.TASK,
     )
 }
+
+VARIANTS: dict[str, Task] = {task.name: task for task in transformer.VARIANTS}
+"""Tasks for the candidates alone."""

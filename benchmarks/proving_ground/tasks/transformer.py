@@ -162,3 +162,32 @@ MOMENTUM = Task(
 ADAMW = MOMENTUM._replace(
     name="transformer, AdamW", rate=0.01, optimizer=lambda rate: optax.adamw(rate)
 )
+
+# What a bound on the update should see, for the candidates ----------------------------------------
+
+DECAY = 0.1
+
+VARIANTS = (
+    MOMENTUM._replace(
+        name="transformer, momentum outside the bound",
+        optimizer=lambda rate: optax.sgd(rate),
+        outside=lambda rate: optax.trace(0.9),
+        settings=SETTINGS[:1],
+    ),
+    MOMENTUM._replace(
+        name="transformer, momentum, cosine schedule",
+        optimizer=lambda rate: optax.sgd(optax.cosine_decay_schedule(rate, STEPS), momentum=0.9),
+        settings=SETTINGS[:1],
+    ),
+    ADAMW._replace(
+        name="transformer, AdamW, weight decay 0.1",
+        optimizer=lambda rate: optax.adamw(rate, weight_decay=DECAY),
+        settings=SETTINGS[:1],
+    ),
+    ADAMW._replace(
+        name="transformer, AdamW, weight decay 0.1 outside the bound",
+        optimizer=lambda rate: optax.adam(rate),
+        outside=lambda rate: optax.add_decayed_weights(-rate * DECAY),
+        settings=SETTINGS[:1],
+    ),
+)

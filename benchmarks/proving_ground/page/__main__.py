@@ -1,0 +1,78 @@
+"""Writes or checks the pages from the command line."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.proving_ground.claims import Found
+from benchmarks.proving_ground.page import __doc__ as about
+from benchmarks.proving_ground.page import advice, results, variants
+
+HERE = Path(__file__).parents[1]
+RESULTS, CANDIDATES = HERE / "results.json", HERE / "candidates.json"
+DOCS = HERE.parents[1] / "docs"
+PAGES = (DOCS / "which_clip.md", DOCS / "proving_ground.md")
+
+
+def blocks() -> dict[str, Callable[[], str]]:
+    """What can stand in a page, by name."""
+    ours = json.loads(RESULTS.read_text(encoding="utf-8"))
+    tried = json.loads(CANDIDATES.read_text(encoding="utf-8"))
+    found, other = Found(ours["scores"]), Found(tried["scores"])
+    return {
+        "source": lambda: results.source(ours),
+        "source of candidates": lambda: results.source(tried),
+        "sums": lambda: results.sums(found),
+        "duties": lambda: results.duties(found),
+        "claims": lambda: results.claims(found),
+        "winners": lambda: results.winners(found),
+        "symptoms": lambda: advice.symptoms(found),
+        "candidates": lambda: variants.candidates(other),
+        "variants": lambda: variants.variants(other),
+    }
+
+
+def filled(text: str) -> str:
+    """A page with its blocks as the results have them."""
+    for name, block in blocks().items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        if pattern.search(text):
+            made = f"{begin}\n{block()}\n{end}"
+            text = pattern.sub(lambda _, made=made: made, text)
+    return text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Writes or checks the pages.
+
+    Args:
+        arguments: The command line; None for that of this process.
+
+    Returns:
+        The exit code: 1 if a page is not as it should be.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.proving_ground.page", description=(about or "").split("\n")[0]
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if a page is old")
+    options = parser.parse_args(arguments)
+    old = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        made = filled(text)
+        if made != text and options.check:
+            old.append(page.name)
+        elif made != text:
+            page.write_text(made, encoding="utf-8")
+            print(f"docs/{page.name} written")
+    for name in old:
+        print(f"docs/{name} is old; run python -m benchmarks.proving_ground.page", file=sys.stderr)
+    return 1 if old else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
