@@ -26,7 +26,7 @@ from optclip.state import (
 )
 from optclip.thresholds import ParameterNorms, Rule
 from optclip.thresholds.checking import check_choice
-from optclip.thresholds.rules import Memory
+from optclip.thresholds.rules import first_memory
 
 Nonfinite = Literal["propagate", "zero"]
 
@@ -129,9 +129,7 @@ def clip_by(
 
     def init(params: Any) -> ClipState:
         dtype = planning.tree_dtype(params)
-        memory: Memory = ()
-        if rule.has_memory:
-            memory = rule.init(jnp.zeros(shape_of(params, scope), dtype))
+        memory = first_memory(rule, jnp.zeros(shape_of(params, scope), dtype))
         groups: Detail | tuple[()] = ()
         if detail:
             shape = shape_of(params, scopes.leaf if scope.one_group else scope)

@@ -134,7 +134,8 @@ def unit(axes: UnitAxes = None) -> Scope:
 def fan_in_axes(path: str, shape: tuple[int, ...]) -> Axes:
     """The axes of one unit where nothing else is said: Optax's, extended to any rank.
 
-    In Flax's layout the last axis counts the outputs.
+    In Flax's layout the last axis counts the outputs. For a convolution over one axis, whose kernel
+    has rank 3, it is wrong: there a unit spans axes 0 and 1.
 
     Args:
         path: Where the leaf is; not looked at.

@@ -150,3 +150,32 @@ def test_a_rule_is_taken_for_itself_and_a_number_for_a_rule():
     assert thresholds.as_rule(rule) is rule
     assert not thresholds.as_rule(2.0).has_memory
     assert_same(run(thresholds.as_rule(2.0), [GRADIENT])[1], run(2.0, [GRADIENT])[1])
+
+
+# A rule of one's own -----------------------------------------------------------------------------
+
+
+def own_rule(init, has_memory=True):
+    return thresholds.Rule(
+        init=init,
+        threshold=lambda memory, step, norms, params: jnp.full_like(norms, jnp.inf),
+        observe=lambda memory, step, norms, clipped_norms: memory,
+        has_memory=has_memory,
+    )
+
+
+def test_a_window_whose_axes_are_the_wrong_way_round_is_refused():
+    # Three groups and a window of three: the shape fits by chance.
+    params = {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones(2)}
+    wrong = own_rule(lambda norms: jnp.zeros((*norms.shape, 3), norms.dtype))
+    with pytest.raises(ValueError, match=r"must come last, as in \(window, \*norms.shape\)"):
+        optclip.clip_by(wrong, scope=scopes.leaf).init(params)
+    right = own_rule(lambda norms: jnp.zeros((3, *norms.shape), norms.dtype))
+    assert optclip.clip_by(right, scope=scopes.leaf).init(params).memory.shape == (3, 3)
+    assert optclip.clip_by(wrong).init(params).memory.shape == (3,)  # one norm has no axes
+
+
+def test_a_memory_that_was_not_announced_is_refused():
+    rule = own_rule(jnp.zeros_like, has_memory=False)
+    with pytest.raises(ValueError, match="has_memory=True"):
+        optclip.clip_by(rule).init(jnp.ones(2))

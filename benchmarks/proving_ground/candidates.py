@@ -46,9 +46,9 @@ def relative_to_mean(ratio: float, decay: float = 0.97) -> optax.GradientTransfo
     """A bound relative to the running mean of the parameters' norm, instead of the norm now."""
 
     def update(updates: Any, mean: Any, params: Any) -> tuple[Any, Any]:
-        norm = jnp.maximum(optax.global_norm(params), 1e-3)
+        norm = jnp.maximum(optax.tree.norm(params), 1e-3)
         mean = jnp.where(mean > 0, decay * mean + (1 - decay) * norm, norm)
-        scale = jnp.minimum(1, ratio * mean / jnp.maximum(optax.global_norm(updates), 1e-30))
+        scale = jnp.minimum(1, ratio * mean / jnp.maximum(optax.tree.norm(updates), 1e-30))
         return jax.tree.map(lambda u: u * scale, updates), mean
 
     return optax.GradientTransformation(lambda params: jnp.zeros([], jnp.float32), update)  # pyright: ignore

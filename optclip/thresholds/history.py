@@ -113,7 +113,7 @@ def moving_average(
         multiplier: How many times the average a norm may be; number, traced scalar or schedule.
         decay: Share of the average that a step keeps, in [0, 1).
         learn_from: See `LearnFrom`.
-        patience: See `learning`.
+        patience: After so many clips in a row learn from raw norms; None: never.
         name: What error messages call the method.
 
     Returns:
@@ -197,7 +197,7 @@ def leaf_average(
             clipped together, by `max_norm`.
         max_norm: Largest norm of all groups together while warming up.
         learn_from: See `LearnFrom`.
-        patience: See `learning`.
+        patience: After so many clips in a row learn from raw norms; None: never.
         name: What error messages call the method.
 
     Returns:

@@ -46,7 +46,7 @@ def zscore(
         variant: What an outlier is brought to: the mean, mean + z_threshold deviations ("max"), or
             in between, the closer to the mean the larger it was ("reciprocal").
         learn_from: See `LearnFrom`.
-        patience: See `learning`.
+        patience: After so many clips in a row learn from raw norms; None: never.
         name: What error messages call the method.
 
     Returns:

@@ -163,3 +163,29 @@ def relative_to_params(
 def as_rule(rule: Any, name: str = "rule") -> Rule:
     """`rule` itself if it is a `Rule`; a constant or scheduled one if a number or function."""
     return rule if isinstance(rule, Rule) else constant(rule, name)
+
+
+def first_memory(rule: Rule, norms: jax.Array) -> Memory:
+    """What a rule remembers before it has seen anything.
+
+    Args:
+        rule: The rule.
+        norms: Zeros, of the shape and dtype that the norms will have.
+
+    Raises:
+        ValueError: If it is not of the shape that `Rule.init` asks for, or was not to be expected.
+    """
+    if not rule.has_memory:
+        if jax.tree.leaves(jax.eval_shape(rule.init, norms)):
+            raise ValueError("rule.init returns a memory; pass has_memory=True, or return ()")
+        return ()
+    if norms.ndim:
+        # With another number of groups, so that nothing fits by chance.
+        more = jax.ShapeDtypeStruct((norms.size + 1,), norms.dtype)
+        for kept in jax.tree.leaves(jax.eval_shape(rule.init, more)):
+            if kept.shape[-1:] != more.shape:
+                raise ValueError(
+                    f"rule.init makes a memory of shape {kept.shape} for norms of shape "
+                    f"{more.shape}; that must come last, as in (window, *norms.shape)"
+                )
+    return rule.init(norms)

@@ -55,7 +55,7 @@ def mean_over_window(
         deviations: How many deviations above the mean a norm may be.
         window: How many norms to remember; a plain number. Nothing is clipped before half of them.
         learn_from: See `LearnFrom`.
-        patience: See `learning`.
+        patience: After so many clips in a row learn from raw norms; None: never.
         name: What error messages call the method.
 
     Returns:
@@ -102,7 +102,7 @@ def quantile_over_window(
         percentile: Which percentile, in [0, 100], interpolated linearly.
         window: How many norms to look at; a plain number.
         learn_from: See `LearnFrom`. This step's norm is counted as it came.
-        patience: See `learning`.
+        patience: After so many clips in a row learn from raw norms; None: never.
         name: What error messages call the method.
 
     Returns:

@@ -158,9 +158,10 @@ def notes(record: Record) -> list[str]:
     known = np.zeros(0) if factor is None else factor[np.isfinite(factor)]
     clipped = float((known < 1).mean()) if known.size else 0.0
     if clipped > MANY_CLIPPED:
+        mend = "; record one with measure_norms() in place of the clip" if clipped > 0.5 else ""
         said.append(
             f"{percent(clipped)} of the steps were clipped; without that the norms would have been "
-            "others"
+            f"others{mend}"
         )
     if _learned_nothing(record):
         said.append(
