@@ -58,12 +58,21 @@ def safeguard(
     weight decay shrinks by the same factor as the step, so it decays more slowly than its
     coefficient says. Schedules in `inner` keep their meaning below the bound.
 
+    Measured (`python -m benchmarks.proving_ground`, docs/proving_ground.md): no run of any task
+    diverges at any of seven learning rates over three decades. Small transformers, with momentum
+    and with AdamW, with spikes, bursts and wrong labels, end within 1.5% of the best pair of fixed
+    threshold and learning rate, and stay within 5% of that over a hundredfold range of rates (no
+    clip: three- to tenfold). Known weakness: 1% a step is slow. In 58 steps of a deep network the
+    loss is 1.7 times that of the best fixed threshold, in a recurrent network 1.35 times, in an
+    embedding ranker 1.13 times; a target at zero is never reached, since steps shrink with the
+    parameters. `bound/clip_rate` near 1 in a run that is stable says that the bound is what slows.
+
     Args:
         inner: The optimizer.
-        deviations: Of `robust_clip`.
-        ratio: Of `clip_by_param_norm`: the largest update as a share of the parameters' norm. Which
-            value is best depends on the task: in our runs 0.003 for a small transformer with
-            momentum, 0.01 with AdamW, 0.03 for a convolutional network with plain SGD.
+        deviations: Of `robust_clip`; 0 clips half of all steps and gained at most 1%.
+        ratio: Of `clip_by_param_norm`: the largest update as a share of the parameters' norm. 0.01
+            is the largest of 0.001, 0.003, 0.01 and 0.03 at which nothing diverged; 0.03 is faster
+            where few steps must go far, and lets a transformer with momentum diverge.
         nonfinite: "skip", or "propagate" to hand non-finite gradients to `inner`.
         axis_name: See `clip_by`.
         sharded: See `clip_by`.
