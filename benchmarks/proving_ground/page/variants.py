@@ -26,15 +26,28 @@ TRIED = (
     ("transformer, AdamW", "clean"),
 )
 
+SHOWN = (
+    NO_CLIP,
+    *(f"safeguard(deviations=2, ratio={ratio})" for ratio in (0.001, 0.003, 0.01, 0.03)),
+    "safeguard(deviations=0, ratio=0.01)",
+    *(f"robust_clip({deviations})" for deviations in (2, 0, -1)),
+    "clip_by_param_norm(0.01, leaf)",
+    *(f"guarded({ratio}, unit)" for ratio in (0.003, 0.01, 0.03)),
+    "guarded(0.01, unit or tree)",
+    "guarded(0.01, running mean)",
+    *(f"guarded(0.03 annealed after 100, {scope})" for scope in ("tree", "unit")),
+    "guarded(0.1 annealed after 100, tree)",
+    *(f"guarded({ratio}, tree, momentum sees it)" for ratio in (0.01, 0.03)),
+)
+"""The variants that the text speaks of; the others are in candidates.json."""
+
 
 def candidates(found: Found) -> str:
     """Variants of `safeguard`: the loss over the best fixed threshold's, and the range of rates."""
     settings = [x for x in TRIED if x[1] in found.scores.get(x[0], {})]
-    names = dict.fromkeys(name for x in settings for name in found.scores[x[0]][x[1]])
     rows = [
         (f"`{name}`", *(_tried(found, task, setting, name) for task, setting in settings))
-        for name in names
-        if name != FIXED
+        for name in SHOWN
     ]
     return table(("variant", *(f"{task}: {setting}" for task, setting in settings)), rows)
 
