@@ -22,8 +22,8 @@ def symptoms(found: Found) -> str:
     def rates(task: str) -> str:
         ours, none = (range_text(range_of(found, task, "clean", x)) for x in (SAFEGUARD, NO_CLIP))
         shares = [found.of(task, "clean", x, "diverged") for x in (SAFEGUARD, NO_CLIP)]
-        diverged = " and ".join(f"{share:.0%}" for share in shares)
-        return f"{task}: good over a range of {ours} (no clip: {none}), {diverged} of runs diverge"
+        wide = f"good over a {ours}-fold range of rates (no clip: {none})"
+        return f"{task}: {wide}, {shares[0]:.0%} of runs diverge (no clip: {shares[1]:.0%})"
 
     rows = (
         (

@@ -34,7 +34,7 @@ def range_of(found: Found, task: str, setting: str, method: str) -> float | None
 
 def range_text(x: float | None) -> str:
     """The same, as text."""
-    return "" if x is None else "none" if x == 0 else f"{x:.3g}"
+    return "" if x is None else "none" if x == 0 else f"{x:.3g}" if x < 100 else f"{x:.0f}"
 
 
 def too_narrow(x: float) -> bool:
@@ -45,4 +45,4 @@ def too_narrow(x: float) -> bool:
 def loss_text(found: Found, task: str, setting: str, method: str) -> str:
     """A loss."""
     loss = found.of(task, setting, method)
-    return f"{loss:.3g}" if math.isfinite(loss) else "diverged"
+    return f"{loss:#.3g}" if math.isfinite(loss) else "diverged"
