@@ -34,7 +34,7 @@ def relative_to_rms(ratio: Any) -> thresholds.Rule:
     def threshold(memory: Any, step: Any, norms: Any, params: Any) -> Any:
         sizes = jnp.asarray(params.sizes, norms.dtype)
         rms = jnp.sqrt(jnp.sum(params.norms**2) / jnp.sum(sizes))
-        share = ratio(step.count) if callable(ratio) else ratio
+        share: Any = ratio(step.count) if callable(ratio) else ratio
         return share * jnp.maximum(params.norms, jnp.maximum(rms, 1e-3) * jnp.sqrt(sizes))
 
     return thresholds.constant(jnp.inf)._replace(

@@ -25,7 +25,7 @@ def symptoms(found: Found) -> str:
         wide = f"good over a {ours}-fold range of rates (no clip: {none})"
         return f"{task}: {wide}, {shares[0]:.0%} of runs diverge (no clip: {shares[1]:.0%})"
 
-    rows = (
+    rows: list[tuple[str, ...]] = [
         (
             "Single steps with a huge gradient",
             "`optclip.safeguard(optimizer)`",
@@ -80,5 +80,5 @@ def symptoms(found: Found) -> str:
             "none; `optclip.measure_norms()` to see the norms",
             losses("quadratic", "gaussian", NO_CLIP, FIXED, "robust_clip"),
         ),
-    )
+    ]
     return table(("what you see", "what to add", "measured: final loss, best settings"), rows)
