@@ -129,7 +129,8 @@ def clip_by(
 
     def init(params: Any) -> ClipState:
         dtype = planning.tree_dtype(params)
-        memory = first_memory(rule, jnp.zeros(shape_of(params, scope), dtype))
+        shape = shape_of(params, scope) if rule.has_memory else ()
+        memory = first_memory(rule, jnp.zeros(shape, dtype))
         groups: Detail | tuple[()] = ()
         if detail:
             shape = shape_of(params, scopes.leaf if scope.one_group else scope)
