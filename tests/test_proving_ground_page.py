@@ -12,10 +12,11 @@ import pytest
 
 from benchmarks.proving_ground import candidates, conditions, training
 from benchmarks.proving_ground.candidates import CANDIDATES
-from benchmarks.proving_ground.claims import CLAIMS, FIXED, Found
+from benchmarks.proving_ground.claims import CLAIMS, Found
 from benchmarks.proving_ground.contenders import CONTENDERS, NO_CLIP
 from benchmarks.proving_ground.page import __main__ as page
 from benchmarks.proving_ground.page import advice, results
+from benchmarks.proving_ground.reporting import FIXED
 from benchmarks.proving_ground.task import Setting, Task
 from benchmarks.proving_ground.tasks import TASKS
 

@@ -54,9 +54,9 @@ def relative_to_mean(ratio: float, decay: float = 0.97) -> optax.GradientTransfo
     return optax.GradientTransformation(lambda params: jnp.zeros([], jnp.float32), update)  # pyright: ignore
 
 
-def guarded(name: str, bound: optax.GradientTransformation, deviations: float = 2) -> Contender:
+def guarded(name: str, bound: optax.GradientTransformation) -> Contender:
     """`safeguard` with another bound."""
-    clip = optclip.robust_clip(deviations)
+    clip = optclip.robust_clip()
     return Contender(name, lambda optimizer, _: optax.chain(clip, optimizer, bound))
 
 

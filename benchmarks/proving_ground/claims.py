@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from benchmarks.proving_ground.contenders import NO_CLIP
+from benchmarks.proving_ground.reporting import CUSTOMARY, FIXED, number
 
-FIXED, ONE = "clip_by_global_norm", "clip_by_global_norm(1.0)"
+ONE = f"{FIXED}({CUSTOMARY})"
 MOMENTUM, ADAMW = "transformer, momentum", "transformer, AdamW"
 UNITS = ("x1e-5", "x20")
 
@@ -63,10 +64,7 @@ class Claim(NamedTuple):
 
 
 def _number(x: float) -> str:
-    if math.isinf(x) or math.isnan(x):
-        return "diverged"
-    text = f"{x:.3g}"
-    return f"{float(text):.0f}" if "e+" in text else text
+    return number(x, 3) if math.isfinite(x) else "diverged"
 
 
 def _loss_ratio(

@@ -1,12 +1,12 @@
 """Writes or checks the pages from the command line."""
 
-import argparse
 import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.parsing import Parser
 from benchmarks.proving_ground.claims import Found
 from benchmarks.proving_ground.page import __doc__ as about
 from benchmarks.proving_ground.page import advice, results, variants
@@ -35,9 +35,9 @@ def blocks() -> dict[str, Callable[[], str]]:
     }
 
 
-def filled(text: str) -> str:
+def filled(text: str, made_of: dict[str, Callable[[], str]]) -> str:
     """A page with its blocks as the results have them."""
-    for name, block in blocks().items():
+    for name, block in made_of.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
         if pattern.search(text):
@@ -55,15 +55,15 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code: 1 if a page is not as it should be.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.proving_ground.page", description=(about or "").split("\n")[0]
     )
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if a page is old")
     options = parser.parse_args(arguments)
-    old = []
+    made_of, old = blocks(), []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        made = filled(text)
+        made = filled(text, made_of)
         if made != text and options.check:
             old.append(page.name)
         elif made != text:

@@ -1,6 +1,6 @@
 """The table of symptoms: what to add to a run, with what was measured."""
 
-from benchmarks.proving_ground.claims import FIXED, Found
+from benchmarks.proving_ground.claims import Found
 from benchmarks.proving_ground.contenders import NO_CLIP
 from benchmarks.proving_ground.page.cells import (
     SAFEGUARD,
@@ -9,6 +9,7 @@ from benchmarks.proving_ground.page.cells import (
     range_text,
     table,
 )
+from benchmarks.proving_ground.reporting import FIXED
 
 
 def symptoms(found: Found) -> str:

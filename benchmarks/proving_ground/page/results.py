@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from benchmarks.proving_ground.claims import CLAIMS, FIXED, Found
+from benchmarks.proving_ground.claims import CLAIMS, Found
 from benchmarks.proving_ground.contenders import NO_CLIP
 from benchmarks.proving_ground.page.cells import (
     SAFEGUARD,
@@ -14,6 +14,7 @@ from benchmarks.proving_ground.page.cells import (
     table,
     too_narrow,
 )
+from benchmarks.proving_ground.reporting import FIXED
 
 NEAR, CHEAP = 1.02, 1.01
 """What is asked of `safeguard`: the loss over the best fixed pair, and the cost of spikes."""

@@ -1,6 +1,6 @@
 """The tables of the variants that the defaults of `safeguard` were chosen from."""
 
-from benchmarks.proving_ground.claims import FIXED, Found
+from benchmarks.proving_ground.claims import Found
 from benchmarks.proving_ground.contenders import NO_CLIP
 from benchmarks.proving_ground.page.cells import (
     loss_text,
@@ -9,6 +9,7 @@ from benchmarks.proving_ground.page.cells import (
     ratio_text,
     table,
 )
+from benchmarks.proving_ground.reporting import FIXED
 from benchmarks.proving_ground.tasks import VARIANTS
 
 PLAIN = ("transformer, momentum", "transformer, AdamW")
