@@ -1,8 +1,9 @@
-"""Eight CPU devices, strictness around optclip's own code, and examples as modules.
+"""Eight CPU devices, strictness around optclip's own code, examples as modules; and who runs when.
 
 Warnings are errors.
 """
 
+import fcntl
 import importlib
 import os
 import sys
@@ -16,6 +17,33 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_xdist_auto_num_workers(config):
+    """A worker for every core, and none where files are named: starting them takes seconds."""
+    named = config.args and all(".py" in arg for arg in config.args)
+    return 0 if named else len(os.sched_getaffinity(0))
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of one method together, since they share compiled programs; those that time at the end.
+
+    Workers begin with a half of the list each, so every program is compiled by one of them.
+    """
+
+    def place(item):
+        method = getattr(item, "callspec", None) and item.callspec.params.get("method")
+        return item.get_closest_marker("timing") is not None, str(method or "")
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """While a test that times runs, no other does, in no worker."""
+    with Path(__file__).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if item.get_closest_marker("timing") else fcntl.LOCK_SH)
+        return (yield)
 
 
 @pytest.fixture

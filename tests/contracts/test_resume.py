@@ -1,0 +1,52 @@
+"""Contract 8: an optimizer's state survives a checkpoint, and a resumed run is the same run."""
+
+import flax.serialization
+import jax
+import optax
+import orbax.checkpoint
+import pytest
+from helpers.samples import ALL_METHODS, assert_same, detailed, gradient, parameters, quick_jit
+
+
+def with_orbax(state, fresh, folder):
+    with orbax.checkpoint.CheckpointManager(folder) as manager:
+        manager.save(0, args=orbax.checkpoint.args.StandardSave(state))
+        manager.wait_until_finished()
+        template = jax.tree.map(orbax.checkpoint.utils.to_shape_dtype_struct, fresh)
+        return manager.restore(0, args=orbax.checkpoint.args.StandardRestore(template))
+
+
+def with_flax(state, fresh, folder):
+    file = folder / "state.msgpack"
+    file.write_bytes(flax.serialization.to_bytes(state))
+    return flax.serialization.from_bytes(fresh, file.read_bytes())
+
+
+@pytest.mark.parametrize("method", ALL_METHODS, ids=str)
+def test_a_resumed_run_is_the_same_run_bit_for_bit(method, tmp_path):
+    # A non-finite step must not reach the parameters: all NaN, two runs would look alike.
+    optimizer = optax.apply_if_finite(
+        optax.chain(detailed(method), optax.sgd(0.1, momentum=0.9)), max_consecutive_errors=3
+    )
+
+    @quick_jit
+    def step(gradient, params, state):
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def run(steps, params, state):
+        # What was restored lies on a device by decision: let all that comes in, for one program.
+        params, state = jax.device_put((params, state), jax.devices()[0])
+        for count in steps:
+            scale = float("nan") if count == 5 else 1 + count % 3
+            params, state = step(gradient("mixed", count, scale), params, state)
+        return params, state
+
+    def fresh():
+        return parameters("mixed"), optimizer.init(parameters("mixed"))
+
+    whole, halfway = run(range(20), *fresh()), run(range(10), *fresh())
+    for save_and_restore in (with_orbax, with_flax):
+        restored = save_and_restore(halfway, fresh(), tmp_path)
+        assert_same(restored, halfway)
+        assert_same(run(range(10, 20), *restored), whole)

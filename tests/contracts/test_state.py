@@ -1,0 +1,298 @@
+"""Contracts 8 and 11: a state that keeps its form, in one program that asks nothing of the host.
+
+What a state must survive outside a program, in a checkpoint, is in `test_contracts_resume.py`.
+The tests share two compiled programs a method: a donated step, and a run by `scan` with the
+method's numbers as traced values.
+"""
+
+import inspect
+import itertools
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers.samples import (
+    ALL_METHODS,
+    KINDS,
+    assert_close,
+    assert_same,
+    detailed,
+    gradient,
+    once_a_method,
+    parameters,
+    quick_jit,
+    shapes_of,
+    stacked,
+    unstacked,
+)
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+SPECS = {
+    "attention": {"kernel": P("model", "data"), "query": P(None, None, "data")},
+    "bias": P("data"),
+    "scale": P(),
+}
+SCALES = (1.0, 1e-3, 0.0, float("nan"), 1e25, 1.0)
+"""Steps that are clipped, not clipped, zero, non-finite, beyond the plain sum of squares."""
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+each_method = pytest.mark.parametrize("method", ALL_METHODS, ids=str)
+each_mesh = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+
+
+class Programs(NamedTuple):
+    """A method's transformation, and programs with it for the trees of `samples`, "mixed" kind.
+
+    Attributes:
+        transform: The method with the arguments of the registry, and with detail.
+        params: Its parameters.
+        step: (updates, state, params) -> (updates, state), jitted, both donated.
+        run: (arguments, gradients) -> (updates, state): a run from a fresh state, by `scan`.
+        jitted_run: The same, jitted.
+        arguments: The arguments of the registry that may be traced.
+        traces: One entry for each time that `step` was traced.
+    """
+
+    transform: optax.GradientTransformationExtraArgs
+    params: Any
+    step: Any
+    run: Any
+    jitted_run: Any
+    arguments: dict[str, Any]
+    traces: list[Any]
+
+
+@once_a_method
+def programs_of(method):
+    params, traces = parameters("mixed"), []
+    transform = detailed(method)
+    signature = inspect.signature(method.factory).parameters
+
+    def step(updates, state, params):
+        traces.append(state)
+        return transform.update(updates, state, params)
+
+    def run(arguments, gradients):
+        traced = detailed(method, **arguments)
+
+        def body(state, updates):
+            updates, state = traced.update(updates, state, params)
+            return state, updates
+
+        state, updates = jax.lax.scan(body, traced.init(params), gradients)
+        return updates, state
+
+    # A program drops what it does not read, and then does not give it away: keep_unused.
+    return Programs(
+        transform,
+        params,
+        quick_jit(step, donate_argnums=(0, 1), keep_unused=True),
+        run,
+        quick_jit(run),
+        {name: method.arguments.get(name, signature[name].default) for name in method.traced},
+        traces,
+    )
+
+
+def strong(numbers):
+    """Python numbers as arrays that are not weakly typed."""
+    return {
+        name: jnp.asarray(x, jnp.int32 if isinstance(x, int) else jnp.float32)
+        for name, x in numbers.items()
+    }
+
+
+def gradients_of(scales, start=0):
+    return [gradient("mixed", start + place, scale) for place, scale in enumerate(scales)]
+
+
+def copied(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+def on_mesh(tree, axis_type):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, SPECS)
+
+
+def types_of(tree):
+    """Structure, and of every leaf shape, dtype and weakness of type."""
+    return jax.tree.structure(tree), [jax.typeof(x) for x in jax.tree.leaves(tree)]
+
+
+@each_method
+@pytest.mark.parametrize("updates_kind", KINDS)
+@pytest.mark.parametrize("params_kind", ["float32", "bfloat16"])
+def test_a_step_keeps_the_types_of_the_state(method, params_kind, updates_kind):
+    transform, params = detailed(method), parameters(params_kind)
+    state = transform.init(params)
+    assert not any(jax.typeof(x).weak_type for x in jax.tree.leaves(state))
+
+    def step(updates, state, params):
+        updates, new = transform.update(updates, state, params)
+        assert types_of(new) == types_of(state)
+        return updates
+
+    jax.eval_shape(step, gradient(updates_kind), state, params)
+
+
+@each_method
+def test_one_program_runs_all_steps(method):
+    """On a mesh, see `test_contracts_layout.py`."""
+    programs = programs_of(method)
+    params, state = programs.params, programs.transform.init(programs.params)
+    types = types_of(state)
+    for updates in gradients_of(SCALES):
+        again = programs.step(copied(updates), copied(state), params)
+        once = programs.step(updates, state, params)
+        assert_same(once, again)
+        state = once[1]
+        assert types_of(state) == types
+    assert len(programs.traces) == 1
+    assert programs.step._cache_size() == 1
+
+
+@each_method
+@each_mesh
+def test_every_way_to_a_fresh_state_gives_the_same_one(method, axis_type):
+    transform, params = detailed(method), on_mesh(parameters("mixed"), axis_type)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+    )
+    state = transform.init(params)
+    from_shapes = transform.init(shapes)
+    with jax.set_mesh(params["scale"].sharding.mesh):  # Where JAX places what comes from nothing.
+        from_program = quick_jit(transform.init)(params)
+    for other in (from_shapes, from_program):
+        assert_same(other, state)
+        for there, here in zip(jax.tree.leaves(other), jax.tree.leaves(state), strict=True):
+            if here.sharding.is_fully_replicated:  # XLA places what lies as the parameters do.
+                assert jax.typeof(there) == jax.typeof(here)
+                assert there.sharding == here.sharding
+
+
+@each_method
+@pytest.mark.parametrize("kind", ["bfloat16", "mixed"])
+def test_init_needs_shapes_only(method, kind):
+    transform, params = detailed(method), parameters(kind)
+    state, shapes = transform.init(params), shapes_of(params)
+    assert_same(transform.init(shapes), state)
+    abstract = jax.eval_shape(transform.init, shapes)
+    assert jax.tree.structure(abstract) == jax.tree.structure(state)
+    assert [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(abstract)] == [
+        (x.shape, x.dtype, False) for x in jax.tree.leaves(state)
+    ]
+
+
+@each_method
+@pytest.mark.parametrize("axis_type", [None, AxisType.Auto, AxisType.Explicit])
+def test_no_two_leaves_of_a_fresh_state_share_a_buffer(method, axis_type):
+    params = parameters() if axis_type is None else on_mesh(parameters(), axis_type)
+    assert_distinct((params, detailed(method).init(params)))
+
+
+def assert_distinct(tree):
+    """Donated, a buffer that two leaves share would be given away twice."""
+    buffers = [
+        shard.data.unsafe_buffer_pointer()
+        for x in jax.tree.leaves(tree)
+        for shard in x.addressable_shards
+    ]
+    assert len(set(buffers)) == len(buffers)
+
+
+@each_method
+def test_donated_steps_are_those_of_scan(method):
+    programs = programs_of(method)
+    gradients = gradients_of(SCALES)
+    scanned = programs.jitted_run(strong(programs.arguments), stacked(gradients))
+    state, updates = programs.transform.init(programs.params), []
+    for given in gradients:
+        before = state
+        changed, state = programs.step(given, before, programs.params)
+        assert all(x.is_deleted() for x in jax.tree.leaves((given, before)))
+        updates.append(changed)
+    assert_close((stacked(updates), state), scanned)
+
+
+@each_method
+def test_vmap_over_arguments_states_and_gradients_is_a_loop(method):
+    programs = programs_of(method)
+    given = programs.arguments
+    rows = [given, given] + [{**given, name: type(x)(x * 0.8)} for name, x in given.items()]
+    rows = [strong(row) for row in rows]
+    scales = itertools.cycle([SCALES, (3.0, 1e-3, 1.0) * 2])
+    runs = [stacked(gradients_of(next(scales), start=10 * place)) for place in range(len(rows))]
+    batch = quick_jit(jax.vmap(programs.run))(stacked(rows), stacked(runs))
+    for place, (row, gradients) in enumerate(zip(rows, runs, strict=True)):
+        assert_close(unstacked(batch, place), programs.jitted_run(row, gradients))
+
+
+@each_method
+def test_without_a_state_a_clip_starts_afresh_or_says_what_is_missing(method):
+    transform, params, updates = detailed(method), parameters()["bias"], gradient()["bias"]
+    fresh = transform.update(updates, transform.init(params), params)
+    assert_distinct(fresh[1])
+    if method.has_memory:
+        with pytest.raises(ValueError, match=r"needs its state: .*init\(params\)"):
+            transform.update(updates, None, params)
+    else:
+        assert_same(transform.update(updates, None, params), fresh)
+
+
+@each_method
+def test_outside_jit_later_steps_compile_nothing(method):
+    transform, params = method.build(), parameters()["bias"]
+    state, compiled = transform.init(params), []
+
+    def listen(event, duration, **details):
+        compiled.extend([event] * ("backend_compile" in event))
+
+    def two_steps(state):
+        for seed, scale in enumerate((1.0, 1e-3)):
+            _, state = transform.update(gradient(seed=seed, scale=scale)["bias"], state, params)
+        return state
+
+    state = two_steps(state)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        two_steps(state)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
+
+
+@each_method
+def test_nothing_is_asked_of_the_host(method):
+    transform, params = detailed(method), parameters("mixed")
+    args = gradient("mixed"), transform.init(params), params
+    to_host = re.compile(r"callback|infeed|outfeed|\b(send|recv|host)\b", re.IGNORECASE)
+    assert not to_host.findall(str(jax.make_jaxpr(transform.update)(*args)))
+    assert not to_host.findall(jax.jit(transform.update).lower(*args).as_text())
+
+
+@each_method
+def test_the_transformation_itself_remembers_nothing(method):
+    def program(transform, params, updates):
+        def two_steps(params, updates):
+            _, state = transform.update(updates, transform.init(params), params)
+            return transform.update(updates, state, params)
+
+        closed = jax.make_jaxpr(two_steps)(params, updates)
+        return str(closed), [np.asarray(x).tolist() for x in closed.consts]
+
+    def other(tree):
+        return {"b": tree["attention"]["query"], "z": (tree["bias"], tree["bias"])}
+
+    shared, params, updates = method.build(), parameters(), gradient()
+    first = program(shared, params, updates)
+    assert program(shared, other(params), other(updates)) == program(
+        method.build(), other(params), other(updates)
+    )
+    assert program(shared, params, updates) == first

@@ -1,0 +1,200 @@
+"""Contracts 1 and 3: types and shapes are kept, bounds hold, and updates are the oracles'."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.running import (
+    ROUNDOFF,
+    assert_entries_right,
+    assert_right,
+    bound_of,
+    clip_state,
+    compiled,
+    each_method,
+    held,
+    readings,
+    slack,
+    start,
+)
+from helpers.samples import assert_same, quick_jit
+from helpers.strategies import TREES, TYPES, few, fillings, parameters, spec, structures, values
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import clips as oracles
+
+import optclip
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+THRESHOLDS = {
+    "float": float,
+    "numpy float64": np.float64,
+    "numpy float32": np.float32,
+    "bfloat16": jnp.bfloat16,
+    "float32": jnp.float32,
+    "schedule": lambda value: lambda count: value,
+    "traced": lambda value: value,
+}
+"""What a number may be given as."""
+
+
+def update_with(method, threshold, arguments, updates, params):
+    """One update with the traced arguments as a type of threshold."""
+    cast = THRESHOLDS[threshold]
+    transform = method.build(**{name: cast(value) for name, value in arguments.items()})
+    return transform.update(updates, transform.init(params), params)
+
+
+def types_for(method):
+    """Rules without memory take schedules."""
+    return [kind for kind in THRESHOLDS if kind != "schedule" or not method.has_memory]
+
+
+def numbers_of(method):
+    """The method's traced arguments, rounded to what every type of threshold can hold."""
+    return {name: float(jnp.bfloat16(method.arguments[name])) for name in method.traced}
+
+
+# Contract 1
+
+
+@each_method
+@few(15)
+@given(tree=structures(), param_type=st.sampled_from(TYPES[:3]), data=st.data())
+def test_1_dtype_and_shape_in_are_dtype_and_shape_out(method, tree, param_type, data):
+    threshold = data.draw(st.sampled_from(types_for(method)))
+    numbers = numbers_of(method)
+    params = jax.tree.map(lambda x: spec(x.shape, param_type), tree)
+    if threshold == "traced":
+        updates, _ = jax.eval_shape(
+            lambda *given: update_with(method, threshold, *given), numbers, tree, params
+        )
+    else:
+        updates, _ = jax.eval_shape(
+            lambda *given: update_with(method, threshold, numbers, *given), tree, params
+        )
+    assert jax.tree.structure(updates) == jax.tree.structure(tree)
+    for before, after in zip(jax.tree.leaves(tree), jax.tree.leaves(updates), strict=True):
+        assert (after.shape, after.dtype, after.weak_type) == (before.shape, before.dtype, False)
+
+
+@each_method
+def test_1_every_type_of_threshold_means_the_same(method):
+    tree = {"a": spec((3, 4), "float16"), "b": [spec((5,), "float16"), spec((), "float16")]}
+    kinds, numbers = types_for(method), numbers_of(method)
+
+    @quick_jit
+    def with_every_type(traced, updates, params):
+        given = {**dict.fromkeys(kinds, numbers), "traced": traced}
+        return [update_with(method, kind, given[kind], updates, params) for kind in kinds]
+
+    outcomes = with_every_type(numbers, values(tree), parameters(tree))
+    for updates, state in outcomes:
+        assert_same(updates, outcomes[0][0])
+        assert_same(state, outcomes[0][1])
+
+
+# Contract 3
+
+
+@each_method
+@few(25)
+@given(name=st.sampled_from(("nested", "types")), filling=fillings())
+def test_3_updates_and_readings_are_the_oracles(method, name, filling):
+    begin = start(method, name)
+    gradient = values(TREES[name], *filling)
+    outcome = begin.oracle.peek(gradient, begin.params)
+    updates, state = compiled(method)(gradient, begin.state, begin.params)
+    rtol = 1e-4 if method.has_memory else 1e-5
+    assert_entries_right(updates, outcome.updates, rtol)
+    read = readings(state)
+    for name, right in (
+        ("norm", held(outcome.norm)),
+        ("clipped_norm", held(outcome.clipped_norm)),
+        ("threshold", min(outcome.thresholds)),
+        ("factor", min(outcome.factors)),
+    ):
+        if not math.isnan(right):
+            assert_right(read[name], right, rtol, name)
+    before, steps = readings(begin.state)["clip_rate"], int(clip_state(begin.state).count)
+    rate = before + (outcome.share - before) / (steps + 1)
+    assert_right(read["clip_rate"], rate, rtol, "clip_rate")
+
+
+@each_method
+@few(25)
+@given(
+    name=st.sampled_from(("nested", "types")),
+    filling=fillings(),
+    scale=st.sampled_from((1e-3, 0.03, 1.0, 30.0)),
+)
+def test_3_the_bound_holds_and_below_it_nothing_changes(method, name, filling, scale):
+    begin = start(method, name)
+    gradient = values(TREES[name], *filling, scale)
+    outcome = begin.oracle.peek(gradient, begin.params)
+    updates, state = compiled(method)(gradient, begin.state, begin.params)
+    assert_bounded(method, begin, gradient, updates, outcome, readings(state)["threshold"])
+
+
+@each_method
+def test_3_at_ordinary_gradients_some_are_clipped_and_a_thousandth_is_not(method):
+    begin = start(method, "nested")
+    for scale in (1.0, 1e-3):
+        gradient = values(TREES["nested"], scale=scale)
+        outcome = begin.oracle.peek(gradient, begin.params)
+        updates, state = compiled(method)(gradient, begin.state, begin.params)
+        assert_bounded(method, begin, gradient, updates, outcome, readings(state)["threshold"])
+        assert (outcome.share > 0) == (scale == 1 and method.name != "measure_norms")
+        if method.hard and not outcome.share:
+            assert_same(updates, gradient)
+
+
+def assert_bounded(method, begin, gradient, updates, outcome, reported):
+    """Checks every group's norm after clipping, and that what is below its threshold is the same.
+
+    A threshold that was learnt in float32 is taken from the readings where there is one.
+    """
+    before, after = jax.tree.leaves(gradient), jax.tree.leaves(updates)
+    learnt = 1 + 1e-4 if method.has_memory else 1
+    for place, bounds in outcome.bounds.items():
+        old, new = np.ravel(before[place]), np.ravel(after[place])
+        roundoff, step = ROUNDOFF[old.dtype.name], slack(old.dtype)
+        assert np.all(oracles.moduli(new) <= bounds * learnt * (1 + roundoff) + step)
+        below = oracles.moduli(old) < bounds * (1 - 1e-4)
+        assert old[below].tobytes() == new[below].tobytes()
+    if outcome.bounds:
+        return
+    for group, size, threshold in zip(
+        outcome.groups, outcome.norms, outcome.thresholds, strict=True
+    ):
+        if method.has_memory:
+            threshold = reported if len(outcome.groups) == 1 else threshold * learnt
+        clipped = begin.oracle.measure(updates, begin.params, group)
+        assert clipped <= bound_of(begin, gradient, group, threshold)
+        if method.hard and size < threshold * (1 - 1e-5):
+            for place, selector in group:
+                assert before[place][selector].tobytes() == after[place][selector].tobytes()
+
+
+@each_method
+def test_3_negative_zeros_and_a_threshold_that_is_met_exactly(method):
+    zeros = {dtype: jnp.asarray([-0.0, 0.0, -0.0], dtype) for dtype in TYPES}
+    cases = [(method.build(), zeros)]
+    if method.hard and not method.has_memory:
+        met = {"w": jnp.asarray([-0.0, 4.0, 0.0, -0.0], jnp.float32)}
+        cases.append((method.build(**dict.fromkeys(method.traced, 4.0)), met))
+    for transform, gradient in cases:
+        params = jax.tree.map(jnp.ones_like, gradient)
+        updates, _ = quick_jit(transform.update)(gradient, transform.init(params), params)
+        assert_same(updates, gradient)
+
+
+@pytest.mark.parametrize("size", [1e-35, 1e-31, 1.0, 1e30])
+def test_3_the_share_of_clipped_entries_is_read_at_every_magnitude(size):
+    clip = optclip.clip_by_value(size)
+    gradient = jnp.asarray(size * np.array([3.0, -2.0, 0.5, 0.0]), jnp.float32)
+    _, state = clip.update(gradient, clip.init(gradient))
+    assert_right(state.clip_rate, 0.5)

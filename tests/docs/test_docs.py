@@ -1,0 +1,165 @@
+"""What can be told of the documentation without building it.
+
+The build itself runs every code cell and every claim in them: `python -m sphinx -W -b html docs`.
+"""
+
+import collections
+import importlib.util
+import inspect
+import pathlib
+import re
+
+import pytest
+
+import optclip
+from optclip import histograms, limiters, norms, scopes, thresholds, tuning
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+OUTPUT = ("_build", "jupyter_execute", ".jupyter_cache")
+PAGES = {
+    page.relative_to(DOCS).with_suffix("").as_posix(): page.read_text(encoding="utf-8")
+    for page in sorted(DOCS.rglob("*.md"))
+    if page.relative_to(DOCS).parts[0] not in OUTPUT
+}
+each_page = pytest.mark.parametrize("page", PAGES)
+
+RUN_BY_A_TEST = {"logging": "test_logging_recipes", "sharding": "test_sharding_page"}
+"""Pages with blocks of Python that are no cells, and the test that runs them."""
+
+_FENCE = re.compile(r"^( *)(`{3,}|:{3,})([^\n]*)\n(.*?)^\1\2 *$", re.MULTILINE | re.DOTALL)
+_DIRECTIVE = re.compile(r"^\.\. auto(?:function|class|data):: (\S+)$", re.MULTILINE)
+
+
+def blocks(text):
+    """(language or directive, content) of every fenced block of backticks."""
+    found = (fence.group(2, 3, 4) for fence in _FENCE.finditer(text))
+    return [(info.strip(), content) for ticks, info, content in found if ticks[0] == "`"]
+
+
+def cells(page):
+    return [content for info, content in blocks(PAGES[page]) if info.startswith("{code-cell}")]
+
+
+def pieces(module, kind):
+    """Of a module of pieces: their type, the pieces, and the functions that make one."""
+    for name, value in vars(module).items():
+        made = inspect.isfunction(value) and value.__annotations__.get("return") in (
+            kind,
+            kind.__name__,
+        )
+        if not name.startswith("_") and (value is kind or isinstance(value, kind) or made):
+            yield f"{module.__name__}.{name}"
+
+
+def public_names():
+    modules = {"histograms", "limiters", "norms", "scopes", "thresholds"}
+    yield from (f"optclip.{name}" for name in optclip.__all__ if name not in modules)
+    for module in (thresholds, tuning):
+        yield from (f"{module.__name__}.{name}" for name in module.__all__)
+    yield from pieces(norms, norms.Norm)
+    yield from pieces(scopes, scopes.Scope)
+    yield from pieces(limiters, limiters.Limiter)
+    yield "optclip.scopes.fan_in_axes"
+    yield from (f"optclip.histograms.{name}" for name in ("merged", "middles", "quantile"))
+    yield from (f"optclip.histograms.{histograms.NormHistogram.__name__}",)
+
+
+def test_every_public_name_is_documented_once():
+    documented = collections.Counter(
+        name for text in PAGES.values() for name in _DIRECTIVE.findall(text)
+    )
+    public = set(public_names())
+    assert {
+        "optclip.zclip",
+        "optclip.norms.l2",
+        "optclip.norms.lp",
+        "optclip.tuning.sweep",
+    } < public
+    assert public - set(documented) == set(), "no page has them"
+    assert set(documented) - public == set(), "not public"
+    assert [name for name, times in documented.items() if times > 1] == []
+
+
+@each_page
+def test_a_page_has_something_to_run(page):
+    shells = [info for info, _ in blocks(PAGES[page]) if info in ("", "bash", "sh")]
+    with_cells = [p for p in PAGES if p.partition("/")[0] == page.partition("/")[0] and cells(p)]
+    # An index of pages with cells needs none of its own.
+    index = page.endswith("/index") and len(with_cells) > 1
+    assert cells(page) or shells or index or page in RUN_BY_A_TEST
+
+
+@each_page
+def test_python_is_a_cell_or_run_by_a_test(page):
+    loose = [content for info, content in blocks(PAGES[page]) if re.match(r"py|python", info)]
+    if page in RUN_BY_A_TEST:
+        assert f"docs/{page}.md" in (ROOT / f"tests/{RUN_BY_A_TEST[page]}.py").read_text()
+    else:
+        assert not loose
+    if cells(page):
+        assert PAGES[page].startswith("---\nfile_format: mystnb\n"), "its cells would not be run"
+
+
+@each_page
+def test_cells_are_python(page):
+    for content in cells(page):
+        code = re.sub(r"\A(---\n.*?\n---\n|(:[^\n]*\n)+)", "", content, flags=re.DOTALL)
+        compile(code, page, "exec")
+
+
+def test_the_toctree_reaches_every_page():
+    reached, waiting = set(), ["index"]
+    while waiting:
+        page = waiting.pop()
+        reached.add(page)
+        folder = pathlib.PurePosixPath(page).parent
+        for info, content in blocks(PAGES[page]):
+            if info != "{toctree}":
+                continue
+            lines = [line.strip() for line in content.splitlines()]
+            entries = [line for line in lines if line and line[0] != ":"]
+            names = {re.sub(r"^.* <(.*)>$", r"\1", entry) for entry in entries} - {"self"}
+            waiting += {(folder / name).as_posix() for name in names} - reached
+    assert reached == set(PAGES)
+
+
+@each_page
+def test_no_path_of_a_machine(page):
+    assert not re.search(r"(?<![\w.])/(tmp|work|home|root|Users|mnt)/", PAGES[page])
+
+
+def test_links_to_files_lead_somewhere():
+    for text, folder in [(PAGES[page], (DOCS / page).parent) for page in PAGES] + [
+        ((ROOT / "README.md").read_text(), ROOT)
+    ]:
+        for target in re.findall(r"\]\(([^)#:\s]+\.\w+)\)", text):
+            assert (folder / target).exists(), target
+
+
+@pytest.fixture(scope="module")
+def readme_tables():
+    spec = importlib.util.spec_from_file_location("readme_tables", DOCS / "readme_tables.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_the_tables_of_the_readme_are_up_to_date(readme_tables):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme_tables.written(readme) == readme, "run: python docs/readme_tables.py"
+
+
+def test_a_table_cannot_go_stale(readme_tables):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    stale = readme.replace("z_threshold=2.5", "z_threshold=3.0")
+    assert stale != readme
+    assert readme_tables.written(stale) == readme
+
+
+def test_words_for_an_unknown_method_are_refused(readme_tables, monkeypatch, tmp_path):
+    words = tmp_path / "readme.toml"
+    words.write_text('[fixed]\ncolumns = ["a"]\n[fixed.methods]\nno_clip = { bounds = "" }\n')
+    monkeypatch.setattr(readme_tables, "WORDS", words)
+    with pytest.raises(ValueError, match="every method once"):
+        readme_tables.written("")

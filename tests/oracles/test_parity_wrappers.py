@@ -1,0 +1,134 @@
+"""The wrappers of optimizers, step by step against plain ones, over long and unquiet runs."""
+
+import numpy as np
+import optax
+import pytest
+from helpers.streams import (
+    SIZE,
+    STEPS,
+    STREAMS,
+    Stream,
+    assert_close,
+    gradients_of,
+    moving_parameters,
+    norms_of,
+    norms_of_rows,
+    oracle_of,
+    run,
+    teaches,
+)
+
+import optclip
+from oracles import updates as oracles
+
+
+def skipping(**arguments):
+    return optclip.skip_spikes(optax.sgd(0.1, momentum=0.9), **arguments)
+
+
+def guarding(**arguments):
+    return optclip.safeguard(optax.sgd(0.1, momentum=0.9), **arguments)
+
+
+def share_skipped(rows, setting, window=128, losses=None):
+    """The share of finite steps skipped, once thresholds and updates are found to be right."""
+    extra = {} if losses is None else {"loss": losses}
+    finite = np.isfinite(np.sum([rows.sum(axis=1), *extra.values()], axis=0))
+    result = run(skipping, rows, setting, {"window": window}, **extra)
+    oracle = oracle_of(oracles.SkipSpikes, oracles.Momentum(), **setting, window=window)
+    given = zip(*(x[finite].astype(np.float64) for x in (rows, *extra.values())), strict=True)
+    thresholds, updates = zip(*(oracle.step(*x) for x in given), strict=True)
+    assert_close(result.readings["skip/threshold"][finite], thresholds, f"threshold, {setting}")
+    assert_close(result.updates[finite], updates, f"updates, {setting}")
+    assert not np.any(result.updates[~finite])
+    skipped = result.readings["skip/skipping"]
+    np.testing.assert_array_equal(result.readings["skip/skipped_steps"], np.cumsum(skipped))
+    return np.mean(skipped[finite])
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize(
+    ("window", "settings"),
+    [
+        (128, [{}]),
+        (10, [{"deviations": 2.0, "patience": 3}, {"deviations": 4.0, "patience": 1}]),
+        (100, [{"deviations": 3.0, "patience": 40}, {"deviations": 6.0, "patience": np.inf}]),
+        (1, [{"deviations": 1e6, "patience": 7}]),
+    ],
+    ids=["128", "10", "100", "1"],
+)
+def test_skip_spikes_is_mean_and_deviation_of_the_last_ordinary_norms(window, settings, stream):
+    for setting in settings:
+        skipped = share_skipped(gradients_of(STREAMS[stream]), setting, window)
+        if window == 128:
+            assert (skipped > 0) == (not STREAMS[stream].steady)
+
+
+def test_skip_spikes_looks_at_the_loss_by_the_same_rule():
+    rows = gradients_of(STREAMS["usual"])
+    losses = norms_of(Stream(0.1, seed=12)).astype(np.float32)
+    losses[[40, 41, 900]] = np.nan, np.inf, np.nan
+    alone = share_skipped(rows, {"deviations": 4.0, "patience": 5.0}, 10)
+    assert share_skipped(rows, {"deviations": 4.0, "patience": 5.0}, 10, losses) > alone
+
+
+def rows_with(norms):
+    return np.outer(norms, np.ones(SIZE) / np.sqrt(SIZE)).astype(np.float32)
+
+
+def test_skip_spikes_keeps_its_patience_however_many_spikes_there_are():
+    """A window that fills with spikes must not forget what is ordinary."""
+    norms = np.exp(0.1 * np.random.default_rng(13).normal(size=STEPS))
+    norms[150:300] *= 1000
+    norms[150:300:15] /= 1000  # Never twenty spikes in a row.
+    readings = run(skipping, rows_with(norms), {}, {"window": 128}).readings
+    np.testing.assert_array_equal(readings["skip/skipping"], norms > 100)
+
+
+@pytest.mark.parametrize("patience", [80, 150, np.inf])
+def test_skip_spikes_waits_longer_than_its_window_where_it_is_told_to(patience):
+    rows = rows_with(np.where(np.arange(STEPS) < 200, 1.0, 1000.0))
+    setting = {"deviations": 6.0, "patience": patience}
+    readings = run(skipping, rows, setting, {"window": 100}).readings
+    waited = int(min(patience - 1, STEPS - 200))
+    assert np.all(readings["skip/skipping"][200 : 200 + waited])
+    assert readings["skip/skipped_steps"][-1] == waited
+
+
+def test_skip_spikes_learns_nothing_from_gradients_of_zeros():
+    norms = np.ones(STEPS)
+    norms[60:1500] = 0
+    readings = run(skipping, rows_with(norms), {}, {"window": 128}).readings
+    assert not np.any(readings["skip/skipping"])
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize(
+    "setting", [{}, {"deviations": 0.5, "ratio": 0.1}], ids=["defaults", "set"]
+)
+def test_safeguard_is_its_three_parts(setting, stream):
+    rows, params = gradients_of(STREAMS[stream]), moving_parameters()
+    finite = np.all(np.isfinite(rows), axis=1)
+    result = run(guarding, rows, setting, params=params)
+    oracle = oracle_of(oracles.Safeguard, oracles.Momentum(), **setting)
+    pairs = zip(rows[finite].astype(float), params[finite].astype(float), strict=True)
+    before, after, updates = zip(*(oracle.step(g, w) for g, w in pairs), strict=True)
+    learned = teaches(rows)
+    thresholds = np.asarray(before)[learned[finite]]
+    assert_close(result.readings["clip/threshold"][learned], thresholds, "threshold before")
+    assert_close(result.readings["bound/threshold"][finite], after, "threshold after")
+    assert_close(result.updates[finite], updates, "updates")
+    assert not np.any(result.updates[~finite])
+    ratios = norms_of_rows(updates) / (np.asarray(after) / setting.get("ratio", 0.01))
+    assert_close(result.readings["bound/update_ratio"][finite], ratios, "ratio")
+    assert result.readings["skip/skipped_steps"][-1] == np.sum(~finite) > 0
+
+
+@pytest.mark.parametrize("ratio", [0.0, np.inf])
+def test_safeguard_reads_a_ratio_with_the_bound_shut_or_off(ratio):
+    rows, params = gradients_of(STREAMS["constant"]), moving_parameters()
+    result = run(guarding, rows, {"deviations": 2.0, "ratio": ratio}, params=params)
+    seen, lengths = teaches(rows), np.maximum(norms_of_rows(params), 1e-3 * np.sqrt(SIZE))
+    right = norms_of_rows(result.updates) / lengths
+    assert np.all((right[seen] > 0) == (ratio > 0))
+    assert_close(result.readings["bound/update_ratio"], right, "ratio")

@@ -1,0 +1,169 @@
+"""`metrics(opt_state, params)`: readings of single leaves by path; and what readings cost."""
+
+import math
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from helpers.running import each_method
+from helpers.samples import quick_jit
+
+import optclip
+from optclip import scopes
+
+PARAMS = {
+    "embedding": jnp.ones((3, 2)),
+    "dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+    "count": jnp.zeros([], jnp.int32),
+    "empty": jnp.zeros((0, 2)),
+}
+GRADIENT = {
+    "embedding": jnp.full((3, 2), 2.0),
+    "dense": {"kernel": jnp.full((2, 2), 4.0), "bias": jnp.full(2, 1.0)},
+    "count": jnp.zeros([], jnp.int32),
+    "empty": jnp.zeros((0, 2)),
+}
+TREES = (PARAMS, GRADIENT)
+NORMS = {"dense/bias": 2**0.5, "dense/kernel": 8.0, "embedding": 24**0.5}
+"""Of the leaves, in the order of the tree. Integers and empty leaves have none."""
+WHOLE = (2 + 64 + 24) ** 0.5
+
+
+def readings(optimizer, names=PARAMS, params=PARAMS, gradient=GRADIENT):
+    _, state = optimizer.update(gradient, optimizer.init(params), params)
+    return optclip.metrics(state, names)
+
+
+def named(read, kind):
+    return {key.removeprefix(kind): float(x) for key, x in read.items() if key.startswith(kind)}
+
+
+def test_leaves_are_named_by_path(strict):
+    read = readings(optclip.clip_by_global_norm(3.0, detail=True))
+    assert named(read, "clip/norms/") == pytest.approx(NORMS)
+    clipped = {name: norm * 3 / WHOLE for name, norm in NORMS.items()}
+    assert named(read, "clip/clipped_norms/") == pytest.approx(clipped)
+    assert float(read["clip/norm"]) == pytest.approx(WHOLE)
+    assert all(x.shape == () for x in read.values())
+
+
+def test_nothing_is_named_where_nothing_was_asked_for(strict):
+    asked, silent = (optclip.clip_by_global_norm(1.0, detail=detail) for detail in (True, False))
+    assert not named(readings(asked, names=None), "clip/norms/")
+    assert not named(readings(silent), "clip/norms/")
+
+
+def test_a_list_names_the_groups(strict):
+    clip = optclip.clip_by_group_norm(
+        {"body": 1.0, "head": 5.0}, lambda path: "body" if "dense" in path else "head", detail=True
+    )
+    read = readings(clip, names=["body", "head"])
+    assert named(read, "clip/norms/") == pytest.approx({"body": 66**0.5, "head": 24**0.5})
+
+
+def test_groups_that_are_no_leaves_are_numbered(strict):
+    read = readings(optclip.clip_by(9.0, scope=scopes.unit(), detail=True))
+    assert list(named(read, "clip/norms/")) == [str(number) for number in range(1 + 2 + 2)]
+
+
+def test_groups_as_many_as_leaves_are_not_taken_for_them(strict):
+    swapped = {"a": "x", "b": "y"}
+    clip = optclip.clip_by_group_norm({"y": 9.0, "x": 9.0}, lambda path: swapped[path], detail=True)
+    tree = {"a": jnp.full(1, 3.0), "b": jnp.full(1, 4.0)}
+    _, state = clip.update(tree, clip.init(tree))
+    read = optclip.metrics(state, tree)
+    assert named(read, "clip/norms/") == {"0": 4.0, "1": 3.0}
+    read = optclip.metrics(state, ["y", "x"])
+    assert named(read, "clip/norms/") == {"y": 4.0, "x": 3.0}
+
+
+@pytest.mark.parametrize("detail", ["first", "second"])
+def test_several_clips_are_numbered_and_named(detail, strict):
+    clips = [
+        optclip.clip_by_leaf_norm(1.0, detail=detail == which) for which in ("first", "second")
+    ]
+    read = readings(optax.chain(*clips))
+    place = ("first", "second").index(detail)
+    assert set(named(read, f"clip/{place}/norms/")) == set(NORMS)
+    assert not named(read, f"clip/{1 - place}/norms/")
+
+
+def test_from_any_nest():
+    clip = optclip.clip_by_global_norm(3.0, detail=True)
+    params, gradient = ({name: tree[name] for name in ("embedding", "dense")} for tree in TREES)
+    optimizer = optclip.skip_spikes(optax.chain(clip, optax.adam(0.1)))
+    assert named(readings(optimizer, params, params, gradient), "clip/norms/") == pytest.approx(
+        NORMS
+    )
+
+
+def test_inside_masked_a_part_of_the_parameters_names_them(strict):
+    clip = optclip.clip_by_leaf_norm(1.0, detail=True)
+    mask = {"embedding": False, "dense": True, "count": False, "empty": False}
+    read = readings(optax.masked(clip, mask), names={"dense": PARAMS["dense"]})
+    assert named(read, "clip/norms/") == pytest.approx({"dense/bias": 2**0.5, "dense/kernel": 8.0})
+
+
+def test_nnx_variables_have_the_paths_of_their_gradients():
+    model, seen = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), set()
+    by_path = optclip.clip_by_group_norm(99.0, lambda path: seen.add(path) or path)
+    clip = optax.chain(by_path, optclip.clip_by_leaf_norm(1.0, detail=True))
+    optimizer = nnx.Optimizer(model, clip, wrt=nnx.Param)
+    optimizer.update(model, nnx.grad(lambda model: model(jnp.ones(2)).sum())(model))
+    assert seen == {"kernel", "bias"}
+    for names in (model, nnx.state(model, nnx.Param)):
+        read = optclip.metrics(optimizer.opt_state, names)
+        expected = {"bias": 3**0.5, "kernel": 6**0.5}
+        assert named(read, "clip/1/norms/") == pytest.approx(expected)
+
+
+LARGE = {"kernel": jnp.ones((16, 20)), "embedding": jnp.ones((20, 16)), "bias": jnp.ones(300)}
+
+
+def passes_over_leaves(function, *args):
+    """How many reductions of the program read a whole leaf, and no mere vector of norms."""
+    text = quick_jit(function).lower(*args).compile().as_text()
+    shapes = dict(re.findall(r"(%[\w.\-]+) = \w+\[([\d,]*)\]", text))
+    read = re.findall(r" reduce(?:-window)?\((%[\w.\-]+)", text)
+    return sum(math.prod(map(int, filter(None, shapes[x].split(",")))) >= 300 for x in read)
+
+
+@each_method
+def test_readings_are_free(method):
+    """A step that reads everything reduces no more than one that only clips and remembers."""
+    params = gradient = LARGE
+    transform = method.build(**({"detail": True} if method.takes("detail") else {}))
+    state = transform.init(params)
+    kept = ("count", "nonfinite_steps", "memory")
+
+    def clips(gradient, state, params):
+        updates, new = transform.update(gradient, state, params)
+        return updates, [getattr(new, name) for name in kept]
+
+    def reads(gradient, state, params):
+        updates, new = transform.update(gradient, state, params)
+        names = params if method.takes("detail") else None
+        return updates, new, optclip.metrics(new, names)
+
+    clipping, reading = (passes_over_leaves(f, gradient, state, params) for f in (clips, reads))
+    assert reading >= len(LARGE)
+    if method.scope != "element":  # There the clipped entries are counted.
+        assert reading == clipping
+
+
+def test_they_are_the_same_inside_jit_and_outside(strict):
+    clip = optclip.clip_by_leaf_norm(1.0, detail=True)
+
+    @quick_jit
+    def step(gradient, state):
+        updates, state = clip.update(gradient, state)
+        return updates, state, optclip.metrics(state, gradient)
+
+    _, state, inside = step(GRADIENT, clip.init(PARAMS))
+    outside = optclip.metrics(state, PARAMS)
+    assert set(inside) == set(outside)
+    for key in inside:
+        np.testing.assert_array_equal(inside[key], outside[key])
