@@ -259,8 +259,7 @@ def check_nonfinite(nonfinite: Any) -> None:
 
 def _as_kept(x: jax.Array, state: ClipState) -> jax.Array:
     """Norms in the dtype of the state: gradients may be wider than its parameters were."""
-    dtype = state.norm.dtype
-    return x if x.dtype == dtype else jnp.minimum(x, norms.largest(dtype)).astype(dtype)
+    return norms.narrowed(x, state.norm.dtype)
 
 
 def _share_of_groups(plan: Plan, group_norms: jax.Array, threshold: jax.Array) -> jax.Array:

@@ -14,6 +14,8 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from optclip import _jax
+
 Sharded = Callable[[str], Any] | Any
 
 
@@ -66,8 +68,8 @@ def as_varying(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
     Sums over several axes refuse what varies along some of them only: a statistic of leaves that
     are split over "tensor", where "fsdp" is named as well.
     """
-    varying = jax.typeof(x).manual_axis_type.varying
-    missing = tuple(name for name in names if name not in varying and _tracked(name))
+    varying = _jax.varying_axes(x)
+    missing = tuple(name for name in names if name not in varying and _jax.tracks_axis(name))
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
@@ -86,7 +88,7 @@ def split_of(path: str, leaf: jax.Array, axis_name: Any, sharded: Any) -> Split:
         ValueError: Where the leaf may be split and nobody says over what.
     """
     names = axis_names(axis_name)
-    varying = frozenset(jax.typeof(leaf).manual_axis_type.varying)
+    varying = _jax.varying_axes(leaf)
     if names is None:
         if varying:
             raise ValueError(
@@ -105,7 +107,7 @@ def split_of(path: str, leaf: jax.Array, axis_name: Any, sharded: Any) -> Split:
         )
     if sharded is not ...:
         split = _said(path, sharded, names)
-    elif all(_tracked(name) for name in names):
+    elif all(_jax.tracks_axis(name) for name in names):
         if varying - set(names):
             raise ValueError(
                 f"{path!r} differs between devices along {sorted(varying - set(names))}, which "
@@ -152,11 +154,6 @@ def _known(path: str, answer: tuple[str, ...], names: tuple[str, ...]) -> None:
 
 def _flat(entry: Any) -> tuple[str, ...]:
     return tuple(entry) if isinstance(entry, tuple | list | set | frozenset) else (entry,)
-
-
-def _tracked(name: str) -> bool:
-    """Whether JAX tracks which values vary over the axis: its index does, where it does."""
-    return name in jax.typeof(lax.axis_index(name)).manual_axis_type.varying
 
 
 def _quoted(names: frozenset[str]) -> str:

@@ -141,7 +141,7 @@ def safeguard(
             threshold = number_at(ratio, bound_state.count, allowed) * allowed
             new: Any
             updates, new = bound(threshold).update(updates, bound_state)
-            reached = (new.clipped_norm / allowed).astype(update_ratio.dtype)
+            reached = new.clipped_norm / norms.narrowed(allowed, update_ratio.dtype)
             return updates, (inner_state, new, reached)
 
         states = (state.inner_state, state.bound, jnp.zeros_like(state.update_ratio))

@@ -4,6 +4,7 @@ Bins are equally wide in the logarithm, eighteen to an octave, so that the middl
 2% of every norm in it. Counts add up: over steps, over replicas that see other data, over runs.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -69,7 +70,7 @@ def recording(
 
 def _counted(counts: jax.Array, norms: jax.Array, finite: jax.Array) -> jax.Array:
     """The counts with one norm more in each row."""
-    place = (jnp.log2(norms) - np.log2(LOWEST)) * BINS_PER_OCTAVE + 1
+    place = (jnp.log2(norms) - math.log2(LOWEST)) * BINS_PER_OCTAVE + 1
     # Before it is made an integer: the logarithm of 0 is -inf.
     place = jnp.clip(place, 0, BINS - 1).astype(jnp.int32)
     one = (finite & (norms > 0)).astype(jnp.int32)

@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 
-from optclip import devices, norms, pieces, planning
+from optclip import _jax, devices, norms, pieces, planning
 from optclip.norms import Magnitude, Norm
 from optclip.pieces import Pieces
 from optclip.planning import Member, Plan
@@ -151,7 +150,7 @@ def where_needed(
     needed: jax.Array, compute: Callable[..., Any], otherwise: Callable[..., Any], *operands: Any
 ) -> Any:
     """One of two functions; the branch is Python's outside jit, where XLA's would compile anew."""
-    if isinstance(needed, Tracer):
+    if _jax.is_traced(needed):
         return lax.cond(needed, compute, otherwise, *operands)
     return compute(*operands) if needed else otherwise(*operands)
 

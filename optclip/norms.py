@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
+
+from optclip import _jax
 
 Axes = tuple[int, ...]
 Size = int | float | np.ndarray | jax.Array
@@ -276,7 +277,7 @@ def lp(power: float) -> Norm:
         >>> float(cubic.finish(cubic.statistic(jnp.array([1.0, 2.0, 3.0]), (0,), None), 3))
         3.30...
     """
-    if isinstance(power, Tracer) or not isinstance(power, int | float | np.number):
+    if _jax.is_traced(power) or not isinstance(power, int | float | np.number):
         raise ValueError(
             f"the order of a norm shapes the program and must be a plain number, got {power!r}; "
             'under optax.inject_hyperparams list it: static_args=("ord",)'
@@ -344,6 +345,14 @@ _RANGES = {
 def largest(dtype: Any) -> float:
     """The largest finite number of `dtype`."""
     return float(jnp.finfo(dtype).max)
+
+
+def narrowed(norms: jax.Array, dtype: Any) -> jax.Array:
+    """Norms in another float type; what is finite stays so, at most its largest number."""
+    if norms.dtype == dtype:
+        return norms
+    most = min(largest(dtype), largest(norms.dtype))
+    return jnp.where(jnp.isfinite(norms), jnp.minimum(norms, most), norms).astype(dtype)
 
 
 def can_leave_range(dtype: Any) -> bool:

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optclip import devices, norms
+from optclip import _jax, devices, norms
 from optclip.norms import Axes
 from optclip.scopes import Scope, answer_per_leaf, leaves_with_paths
 
@@ -87,7 +86,7 @@ def whole_on_devices_of(tree: Any, state: _Tree) -> _Tree:
     As they are where the tree is traced, or lies on no mesh.
     """
     for x in jax.tree.leaves(tree):
-        sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
+        sharding = None if _jax.is_traced(x) else getattr(x, "sharding", None)
         if not isinstance(sharding, NamedSharding):
             continue
         mesh = sharding.mesh

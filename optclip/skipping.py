@@ -4,6 +4,7 @@ A factor of 0 is no skip: zeros still decay momentum, weight decay still acts, a
 advance. A wrapper can leave the optimizer it holds exactly as it was.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -112,8 +113,10 @@ def skip_spikes(
     held = optax.with_extra_args_support(inner)
     name = "skip_spikes"
     window = check_count(window, f"{name}(window=...)")
-    check_number(deviations, f"{name}(deviations=...)", mend="pass jnp.inf to skip no spikes")
-    check_number(patience, f"{name}(patience=...)", low=1, mend="pass jnp.inf to wait for ever")
+    # No schedules: on which step of a run it skips, the state does not count.
+    numbers = functools.partial(check_number, schedule=False)
+    numbers(deviations, f"{name}(deviations=...)", mend="pass jnp.inf to skip no spikes")
+    numbers(patience, f"{name}(patience=...)", low=1, mend="pass jnp.inf to wait for ever")
     check_choice(nonfinite, ("skip", "propagate"), f"{name}(nonfinite=...)")
 
     def init(params: Any) -> SkipState:
@@ -146,7 +149,7 @@ def skip_spikes(
         with jax.named_scope("optclip/measure"):
             magnitude = measuring.measure(plan, norms.l2, updates)
         dtype = state.norm.dtype
-        norm = jnp.minimum(magnitude.saturated(), norms.largest(dtype)).astype(dtype)
+        norm = norms.narrowed(magnitude.saturated(), dtype)
         finite = jnp.isfinite(magnitude.value)
         limit = _limit(state.norms, deviations, patience)
         spike = norm > limit

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import planning
+from optclip import norms, planning
 from optclip.thresholds.rules import Memory, Step
 
 RECENT_STEPS = 128
@@ -134,7 +134,13 @@ def advanced(
         memory=memory,
         detail=detail,
     )
-    return jax.tree.map(lambda old, x: x.astype(old.dtype), state, new)
+
+    def kept(old: jax.Array, x: jax.Array) -> jax.Array:
+        """As the state keeps it: a gradient may be wider than the parameters it was made for."""
+        floating = jnp.issubdtype(old.dtype, jnp.floating)
+        return norms.narrowed(x, old.dtype) if floating else x.astype(old.dtype)
+
+    return jax.tree.map(kept, state, new)
 
 
 def step_of(state: ClipState) -> Step:

@@ -14,9 +14,24 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_configure(config):
+    """A program is compiled once, for all workers and for the processes that tests start.
+
+    It is kept with what else pytest keeps, in `.pytest_cache`: the next run takes less time.
+    """
+    if hasattr(config, "cache"):
+        kept = {
+            "jax_compilation_cache_dir": str(config.cache.mkdir("programs")),
+            "jax_persistent_cache_min_compile_time_secs": 0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }
+        for name, value in kept.items():
+            jax.config.update(name, value)
+        os.environ |= {name.upper(): str(value) for name, value in kept.items()}
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -64,31 +79,15 @@ def x64():
         yield
 
 
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """Most runs of an example compile the same programs, which takes longest.
-
-    The environment that shares them with other processes. They are the same only where there are
-    equally many devices: eight, as here.
-    """
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
+@pytest.fixture(scope="session")
+def environment():
+    """For processes that run an example: eight devices as here, and the programs compiled here."""
     paths = filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
-    shared = {name.upper(): str(value) for name, value in settings.items()}
-    shared |= {"PYTHONPATH": os.pathsep.join(paths), "JAX_NUM_CPU_DEVICES": "8"}
-    yield os.environ | shared
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_NUM_CPU_DEVICES": "8"}
 
 
 @pytest.fixture(scope="module")
-def example(request, compiled_once):
+def example(request):
     """The test module's SCRIPT as a module: without a process for every call."""
     script = request.module.SCRIPT
     jax.devices()  # before --devices asks for another number of them

@@ -1,6 +1,6 @@
-"""Jobs side by side, each in a process with one thread, and how far they are.
+"""Jobs side by side, each in a process with one core, and how far they are.
 
-Two processes of one thread do more than one of two: the arrays are too small to be shared out.
+Two processes of one core do more than one of two: the arrays are too small to be shared out.
 """
 
 import multiprocessing
@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from tqdm import tqdm
@@ -21,8 +21,6 @@ from benchmarks.proving_ground.candidates import CANDIDATES
 from benchmarks.proving_ground.contenders import CONTENDERS, Contender
 from benchmarks.proving_ground.jobs import Job, Size
 from benchmarks.proving_ground.tasks import TASKS, VARIANTS
-
-ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
 class Order(NamedTuple):
@@ -101,20 +99,20 @@ def _answers(orders: list[Order], workers: int) -> Iterator[Iterator[Done]]:
     if workers <= 1:
         yield map(_work, orders)
         return
-    before = os.environ.get("XLA_FLAGS")
-    os.environ["XLA_FLAGS"] = f"{before or ''} {ONE_THREAD}".strip()  # read by each as it starts
-    try:
-        # Leaving ends the processes, also those that are at work.
-        with multiprocessing.get_context("spawn").Pool(workers, _start) as pool:
-            yield pool.imap_unordered(_work, orders)
-    finally:
-        if before is None:
-            del os.environ["XLA_FLAGS"]
-        else:
-            os.environ["XLA_FLAGS"] = before
+    context = multiprocessing.get_context("spawn")
+    cores = context.SimpleQueue()
+    for worker in range(workers):
+        cores.put(worker)
+    # Leaving ends the processes, also those that are at work.
+    with context.Pool(workers, _start, (cores,)) as pool:
+        yield pool.imap_unordered(_work, orders)
 
 
-def _start() -> None:
+def _start(cores: Any) -> None:
+    if hasattr(os, "sched_setaffinity"):  # XLA has as many threads as it may use cores.
+        allowed, turn = sorted(os.sched_getaffinity(0)), cores.get()
+        cores.put(turn)  # a process that takes the place of a dead one has a turn too
+        os.sched_setaffinity(0, {allowed[turn % len(allowed)]})
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all; one of them says so
     jax.config.update("jax_platforms", "cpu")  # so small that an accelerator would only wait
 

@@ -148,9 +148,10 @@ def _bounded(
     Past a barrier, so that whoever asks computes them anew: shared, they would be written out.
     """
     x, moment, rise = lax.optimization_barrier((x, moment, rise))
-    wide = norms.widened(x)
-    bound = jnp.where(moment > 0, rise.astype(moment.dtype) * moment, jnp.inf)
-    return wide, norms.modulus(wide), bound
+    # Beside a 64-bit gradient or moment the other is 64-bit too.
+    dtype = moment.dtype if moment.dtype == jnp.float64 else norms.accumulator(x.dtype)
+    wide, moment = norms.widened(x, dtype), moment.astype(dtype)
+    return wide, norms.modulus(wide), jnp.where(moment > 0, rise.astype(dtype) * moment, jnp.inf)
 
 
 def _extremes(x: jax.Array, moment: jax.Array, rise: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -172,7 +173,8 @@ def _learned(x: jax.Array, moment: jax.Array, rise: jax.Array | None, keep: jax.
     """The root of v, as squares would leave the range; mixed as v is. Raw where `rise` is None."""
     _, size, bound = _bounded(x, moment, jnp.ones_like(keep) if rise is None else rise)
     seen = size if rise is None else jnp.minimum(size, bound)
-    return mixed(moment, seen, keep.astype(moment.dtype))
+    learned = mixed(moment.astype(seen.dtype), seen, keep.astype(seen.dtype))
+    return norms.narrowed(learned, moment.dtype)
 
 
 def _look_closer(

@@ -6,16 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-
-def is_concrete(value: Any) -> bool:
-    """Whether `value` can be looked at now: not traced, not a schedule."""
-    return not isinstance(value, Tracer) and not callable(value)
+from optclip import _jax
 
 
 def check_number(
-    value: Any, name: str, *, low: float = 0.0, high: float = float("inf"), mend: str
+    value: Any,
+    name: str,
+    *,
+    low: float = 0.0,
+    high: float = float("inf"),
+    mend: str,
+    schedule: bool = True,
 ) -> None:
     """Refuses a concrete `value` that is not one real number in [low, high].
 
@@ -25,15 +27,17 @@ def check_number(
         low: Smallest number allowed.
         high: Largest number allowed.
         mend: What to pass instead.
+        schedule: Whether it may be a schedule, too.
 
     Raises:
         ValueError: With the value and the mend.
     """
-    if not is_concrete(value):
+    if _jax.is_traced(value) or (schedule and callable(value)):
         return
     array = None if isinstance(value, str | bool) else _as_array(value)
     if array is None or array.ndim or not np.issubdtype(array.dtype, np.number):
-        raise ValueError(f"{name} must be one number or an Optax schedule, got {value!r}; {mend}")
+        kind = "one number or an Optax schedule" if schedule else "one number"
+        raise ValueError(f"{name} must be {kind}, got {value!r}; {mend}")
     if not (low <= float(array) <= high):
         raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}; {mend}")
 
@@ -50,7 +54,7 @@ def _as_array(value: Any) -> np.ndarray | None:
 
 def check_count(value: Any, name: str) -> int:
     """Refuses anything but a plain whole number of at least 1: it sets a shape."""
-    if isinstance(value, Tracer) or not isinstance(value, int | np.integer) or value < 1:
+    if _jax.is_traced(value) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(
             f"{name} must be a whole number of at least 1, got {value!r}: it sets the shape of the "
             "memory; under optax.inject_hyperparams list it in static_args"

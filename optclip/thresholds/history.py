@@ -160,7 +160,8 @@ def online_quantile(
     check_number(quantile, f"{name}(quantile=...)", high=1, mend="0.9 clips one step in ten")
     check_number(step_size, f"{name}(step_size=...)", mend="the default is 0.2")
     if init is not None:
-        check_number(init, f"{name}(init=...)", mend="pass None to start at the first norm")
+        hint = "pass None to start at the first norm"
+        check_number(init, f"{name}(init=...)", mend=hint, schedule=False)
 
     def begin(norms):
         return jnp.full(norms.shape, 0 if init is None else init, norms.dtype)

@@ -24,7 +24,6 @@ from benchmarks.proving_ground.jobs import Job, Size
 from benchmarks.proving_ground.task import Feed, Setting, Task
 from benchmarks.proving_ground.tasks import TASKS, transformer
 
-pytestmark = pytest.mark.usefixtures("compiled_once")  # the same few programs, again and again
 STEPS = 100
 SMALL = Size(rates=(0.1, 1.0, 1000.0), seeds=(0, 1))
 

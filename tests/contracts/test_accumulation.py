@@ -90,7 +90,9 @@ def test_before_multi_steps_every_micro_batch_is_clipped(method):
         updates, state = update(micro_batch, state, PARAMS)
         clipped, clip_state = alone(micro_batch, clip_state, PARAMS)
         expected, rest_state = rest(clipped, rest_state, PARAMS)
-        assert_close((updates, state[0]), (expected, clip_state))
+        largest = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(clipped))
+        assert_close(updates, expected, atol=2.0**-23 * largest)  # A mean, in which terms cancel.
+        assert_close(state[0], clip_state)
         assert any(map(np.any, jax.tree.leaves(updates))) == (place % MICRO == 0)
 
 

@@ -11,6 +11,7 @@ import pytest
 from helpers.running import (
     assert_entries_right,
     clip_state,
+    compiled,
     compiled_with_traced_arguments,
     each_method,
     each_method_with_a_threshold,
@@ -61,6 +62,20 @@ def test_4_any_norm_under_any_threshold(method):
                 assert_entries_right(updates, expected)
                 assert not any(map(math.isnan, read.values())), where
                 assert read["nonfinite_steps"] == 0, where
+
+
+@each_method_with_detail
+def test_4_of_a_zero_gradient_every_norm_is_0(method):
+    begin = start(method, "types", detail=True)
+    zero = jax.tree.map(jnp.zeros_like, begin.params)
+    updates, state = compiled(method, detail=True)(zero, begin.state, begin.params)
+    assert_same(updates, zero)
+    before, after = clip_state(begin.state), clip_state(state)
+    for norms in after.detail:
+        assert norms.shape == before.detail.norms.shape
+        assert not np.any(norms), "0 before clipping and after"
+    assert_same(after.memory, before.memory)
+    assert readings(state)["clip_rate"] <= readings(begin.state)["clip_rate"]
 
 
 @each_method_without_memory
@@ -146,6 +161,23 @@ def test_4_derivatives_by_the_threshold_are_right(method):
 
         expected = slope(outcome_at)
         np.testing.assert_allclose(float(found[name]), expected, rtol=1e-4, atol=1e-4)
+
+
+@each_method_with_a_threshold
+def test_4_derivatives_by_a_threshold_of_0_are_finite(method):
+    """On one side a threshold of 0 does nothing; on the other it lets through what it allows."""
+    gradient, params = values(TREES["small"]), parameters(TREES["small"])
+    state = method.build().init(params)
+
+    def outcome_at(number):
+        numbers = dict.fromkeys(method.traced, number)
+        return weighted(method.build(**numbers).update(gradient, state, params)[0])
+
+    zero, little = jnp.float32(0), jnp.float32(1e-3)
+    found = quick_jit(jax.grad(outcome_at))(zero)
+    ahead = float(quick_jit(outcome_at)(little)) / float(little)
+    least, most = sorted((0.0, ahead))
+    assert least - 1e-2 * abs(ahead) <= found <= most + 1e-2 * abs(ahead)
 
 
 # Contract 7

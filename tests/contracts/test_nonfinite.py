@@ -6,8 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.running import clip_state, compiled, each_method, readings, start
-from helpers.samples import assert_same
+from helpers.running import (
+    clip_state,
+    compiled,
+    compiled_with_traced_arguments,
+    each_method,
+    each_method_with_numbers,
+    readings,
+    start,
+)
+from helpers.samples import assert_close, assert_same, quick_jit
 from helpers.strategies import TREES, values
 from oracles import clips as oracles
 
@@ -117,6 +125,34 @@ def test_6_zero_does_not_spare_a_leaf_that_is_left_alone():
     gradient = {"a": jnp.array([math.nan, 1.0]), "b": jnp.ones(2)}
     updates, _ = clip.update(gradient, clip.init(gradient))
     assert_same(updates, jax.tree.map(jnp.zeros_like, gradient))
+
+
+@each_method_with_numbers
+def test_6_every_schedule_goes_on_with_the_nonfinite_steps(method):
+    """As if its numbers were set by hand at every step, the non-finite ones counted in."""
+    names = [name for name in method.traced if name != "init"]  # That is read before any step.
+
+    def numbers_at(count):
+        share = jnp.asarray(1 - 0.1 * (count % 4), jnp.float32)
+        return {name: jnp.float32(method.arguments[name]) * share for name in names}
+
+    def schedule(name):
+        return lambda count: numbers_at(count.astype(jnp.float32))[name]
+
+    scheduled = method.build(**{name: schedule(name) for name in names})
+    by_schedule, by_hand = quick_jit(scheduled.update), compiled_with_traced_arguments(method)
+    own = {name: jnp.float32(method.arguments[name]) for name in method.traced}
+    params = {"w": jnp.asarray([[0.6, -0.8], [0.8, 0.6]], jnp.float32)}
+    state = expected_state = scheduled.init(params)
+    # Past every warm-up, then non-finite steps between steps that are clipped.
+    for count in range(60):
+        size = (1 + 0.1 * (count % 3)) * (100.0 if count > 40 and count % 5 == 0 else 0.1)
+        gradient = {"w": params["w"] * (math.nan if count % 7 == 1 else size)}
+        updates, state = by_schedule(gradient, state, params)
+        numbers = {**own, **numbers_at(count)}
+        expected, expected_state = by_hand(numbers, gradient, expected_state, params)
+        assert_close(updates, expected)
+        assert_close(state, expected_state, rtol=1e-5)
 
 
 def test_6_a_schedule_goes_on_with_the_nonfinite_steps():

@@ -13,7 +13,7 @@ from helpers.running import (
     held,
     start,
 )
-from helpers.samples import quick_jit
+from helpers.samples import ALL_METHODS, quick_jit
 from helpers.strategies import KINDS, TREES, few, fillings, values
 from hypothesis import given
 from oracles import clips as oracles
@@ -40,6 +40,7 @@ SCOPES = {
 
 MANY = np.random.default_rng(0).uniform(0.1, 0.2, 4_000_037).astype(np.float32)
 
+each_of_all = pytest.mark.parametrize("method", ALL_METHODS, ids=str)
 each_norm = pytest.mark.parametrize("norm", NORMS)
 
 
@@ -153,6 +154,28 @@ def test_2_norms_of_32_bit_leaves_beside_64_bit_ones(x64, scope, norm):
             np.testing.assert_allclose(np.asarray(updates["c"]), right, rtol=1e-5, err_msg=where)
             for place in ("a", "b"):
                 assert_entries_right(updates[place], outcome.updates[place])
+
+
+@each_of_all
+@pytest.mark.parametrize("size", [1e200, 1e-200])
+def test_2_a_gradient_wider_than_the_parameters_is_read_as_wide_as_the_state(x64, method, size):
+    """The state is as wide as its parameters; a norm that it cannot hold is its largest number."""
+    params = {"a": jnp.asarray([[3.0, 4.0], [0.0, 0.0]], jnp.float32), "b": jnp.ones(2)}
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    gradient = jax.tree.map(lambda x: x.astype(jnp.float64) * size, params)
+    transform = method.build()
+    updates, state = quick_jit(transform.update)(gradient, transform.init(params), params)
+    for read, x in optclip.metrics(state).items():
+        assert not jnp.isnan(x), read
+        if read.endswith("norm"):
+            assert x.dtype == jnp.float32
+            assert jnp.isfinite(x), read
+        if read.endswith("nonfinite_steps"):
+            assert x == 0
+    for before, after in zip(jax.tree.leaves(gradient), jax.tree.leaves(updates), strict=True):
+        assert after.dtype == before.dtype
+        assert jnp.all(jnp.isfinite(after))
+        assert jnp.all(jnp.abs(after) <= jnp.abs(before))
 
 
 @each_method_with_detail

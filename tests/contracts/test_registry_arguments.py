@@ -31,16 +31,20 @@ def test_every_number_is_given_and_may_be_traced(method):
 
 @each_method
 def test_needs_are_as_listed(method):
-    transform, params = method.build(), normal(0)
+    transform, params, gradient = method.build(), normal(0), normal(1)
     state = transform.init(params)
+
+    def update(state, params):
+        return jax.eval_shape(transform.update, gradient, state, params)
+
     if method.needs_params:
         with pytest.raises(ValueError, match="params"):
-            transform.update(normal(1), state, None)
+            update(state, None)
     else:
-        transform.update(normal(1), state, None)
+        update(state, None)
     if method.has_memory and method not in WRAPPERS:
         with pytest.raises(ValueError, match="needs its state"):
-            transform.update(normal(1), None, params)
+            update(None, params)
 
 
 @each_method

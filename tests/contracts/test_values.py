@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.registry import METHODS
 from helpers.running import (
     ROUNDOFF,
     assert_entries_right,
@@ -190,6 +191,33 @@ def test_3_negative_zeros_and_a_threshold_that_is_met_exactly(method):
         params = jax.tree.map(jnp.ones_like, gradient)
         updates, _ = quick_jit(transform.update)(gradient, transform.init(params), params)
         assert_same(updates, gradient)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.hard and not m.has_memory], ids=str)
+def test_3_exactly_at_the_bound_nothing_is_clipped(method):
+    """Two leaves whose every norm is 4 or less, under thresholds of 4 in every form."""
+    gradient = {"u": jnp.asarray([[4.0], [0.0]], jnp.float32), "w": jnp.zeros(2, jnp.float32)}
+    params = jax.tree.map(jnp.zeros_like, gradient)  # Of zero: `eps` and `absolute` count alone.
+    numbers = dict.fromkeys(method.traced, 4.0)
+    if "eps" in numbers:  # ratio * eps, or for all entries together ratio * eps * sqrt(4)
+        numbers["eps"] = 1.0 if method.scope == "unit" else 0.5
+    if method.norm == "rms":
+        numbers = {"threshold": 4.0 / math.sqrt(2)}
+    transform = method.build(**numbers)
+    for scale, share in ((1.0, 0), (1 + 2e-6, 1)):
+        given = jax.tree.map(lambda x, scale=scale: x * jnp.float32(scale), gradient)
+        updates, state = quick_jit(transform.update)(given, transform.init(params), params)
+        read = readings(state)
+        if method.name == "measure_norms":
+            share = 0
+        if not share:
+            assert read["clip_rate"] == 0
+            assert read["factor"] == 1
+            assert read["norm"] <= read["threshold"]
+            assert_same(updates, given)
+        else:
+            assert read["clip_rate"] > 0
+            assert updates["u"][0, 0] < given["u"][0, 0]
 
 
 @pytest.mark.parametrize("size", [1e-35, 1e-31, 1.0, 1e30])

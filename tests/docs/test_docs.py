@@ -94,7 +94,7 @@ def test_a_page_has_something_to_run(page):
 def test_python_is_a_cell_or_run_by_a_test(page):
     loose = [content for info, content in blocks(PAGES[page]) if re.match(r"py|python", info)]
     if page in RUN_BY_A_TEST:
-        assert f"docs/{page}.md" in (ROOT / f"tests/{RUN_BY_A_TEST[page]}.py").read_text()
+        assert f"docs/{page}.md" in (ROOT / f"tests/docs/{RUN_BY_A_TEST[page]}.py").read_text()
     else:
         assert not loose
     if cells(page):

@@ -72,7 +72,7 @@ def state_in(out, epoch):
 
 
 @pytest.fixture(scope="module")
-def typed(example, data_dir, compiled_once, tmp_path_factory):
+def typed(example, data_dir, environment, tmp_path_factory):
     """What the plain command does, in either API: exit code, stdout, stderr and the folder."""
     example.digits_data.load("digits", data_dir)  # prepared before the two run side by side
     runs = {}
@@ -82,7 +82,7 @@ def typed(example, data_dir, compiled_once, tmp_path_factory):
         process = subprocess.Popen(
             command(data_dir, *options),
             cwd=where,
-            env=compiled_once,
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -160,11 +160,11 @@ def test_divergence_is_logged_as_null_and_drawn(run, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
-def test_an_interrupted_run_can_be_resumed(data_dir, compiled_once, run, tmp_path):
+def test_an_interrupted_run_can_be_resumed(data_dir, environment, run, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen(
         command(data_dir, "--dataset", "digits", "--epochs", 1000, "--out", out),
-        env=compiled_once,
+        env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -10,8 +10,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from helpers.samples import QUICK
+
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests/examples/multihost/worker.py"
+COMPILED = ("JAX_COMPILATION_CACHE_", "JAX_PERSISTENT_CACHE_")
+"""Variables that say where compiled programs are kept."""
+
 LIMIT = 90
 """Seconds for a run, which takes about five where nothing else runs."""
 
@@ -92,11 +97,13 @@ def environment() -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("JAX_", "XLA_")) and not name.lower().endswith("_proxy")
+        if name.startswith(COMPILED) or not name.startswith(("JAX_", "XLA_"))
+        if not name.lower().endswith("_proxy")
     }
     paths = filter(None, [str(ROOT), str(ROOT / "examples"), os.environ.get("PYTHONPATH")])
     return kept | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "1",
         "PYTHONPATH": os.pathsep.join(paths),
+        "XLA_FLAGS": " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items()),
     }

@@ -138,8 +138,11 @@ def assert_same(actual: Any, expected: Any) -> None:
     compare(actual, expected, same)
 
 
-def assert_close(actual: Any, expected: Any, rtol: float = 1e-6) -> None:
-    """The same structure, dtypes and shapes; float32 to `rtol`, 16-bit floats to their last bit."""
+def assert_close(actual: Any, expected: Any, rtol: float = 1e-6, atol: float = 0.0) -> None:
+    """The same structure, dtypes and shapes; float32 to `rtol`, 16-bit floats to their last bit.
+
+    `atol` is for sums in which terms cancel: their roundings are those of the terms.
+    """
 
     def close(a: np.ndarray, e: np.ndarray, where: str) -> None:
         if a.dtype.itemsize == 2 and a.dtype.kind != "i":
@@ -147,7 +150,7 @@ def assert_close(actual: Any, expected: Any, rtol: float = 1e-6) -> None:
             apart = np.abs(_ordinal(a) - _ordinal(e))[np.isfinite(e)]
             assert np.max(apart, initial=0) <= 1, f"{where}: {a} against {e}"
         else:
-            np.testing.assert_allclose(a, e, rtol=rtol, err_msg=where)
+            np.testing.assert_allclose(a, e, rtol=rtol, atol=atol, err_msg=where)
 
     compare(actual, expected, close)
 

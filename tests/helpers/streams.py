@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import optclip
+from helpers.samples import quick_jit
 
 STEPS = 2400
 SHAPES = {"a": (3, 2), "b": {"c": (4,), "d": ()}}
@@ -137,7 +138,7 @@ def _program(build: Callable[..., Any], static: tuple[tuple[str, Any], ...]) -> 
         state = transform.init(jax.tree.map(lambda x: x[0], params))
         return jax.lax.scan(body, state, (gradients, params, extra))[1]
 
-    return jax.jit(run)
+    return quick_jit(run)
 
 
 def run(

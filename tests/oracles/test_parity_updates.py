@@ -1,5 +1,6 @@
 """Clips with a norm per tensor, clips of entries, and clips of updates, step by step."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.streams import (
@@ -136,6 +137,32 @@ def test_clippy_is_the_papers_tensor_by_tensor(setting, strict):
     assert_close(result.updates[finite], [np.concatenate(x) for x in tensors], "entries")
     assert_close(result.readings["clip/factor"][finite], factors, "factor")
     np.testing.assert_array_equal(result.updates[~finite], rows[~finite])
+
+
+def test_clippy_clips_nothing_at_its_bound_and_everything_above():
+    clip = optclip.clippy(relative=0.5, absolute=0.25)
+    params = jnp.asarray([1.0, -2.0, 0.0], jnp.float32)
+    bounds = jnp.asarray([0.75, -1.25, 0.25], jnp.float32)
+    updates, state = clip.update(bounds, clip.init(params), params)
+    assert float(state.clip_rate) == 0
+    assert float(state.factor) == 1
+    np.testing.assert_array_equal(updates, bounds)
+    for place in range(3):
+        over = bounds.at[place].multiply(1 + 1e-5)
+        updates, state = clip.update(over, clip.init(params), params)
+        assert float(state.clip_rate) == 1
+        np.testing.assert_allclose(updates, over / (1 + 1e-5), rtol=2e-6)
+
+
+def test_clippy_without_a_bound_moves_parameters_of_zero_too():
+    params = jnp.asarray([0.0, 1.0], jnp.float32)
+    update = jnp.asarray([1e30, -3.0], jnp.float32)
+    for clip in (optclip.clippy(relative=jnp.inf), optclip.clippy(absolute=jnp.inf)):
+        updates, state = clip.update(update, clip.init(params), params)
+        np.testing.assert_array_equal(updates, update)
+        assert float(state.clip_rate) == 0
+        assert float(state.factor) == 1
+        assert not np.isnan(float(state.norm))
 
 
 @pytest.mark.parametrize("setting", [{"ratio": 0.01}, {"ratio": 0.3, "eps": 0.2}])

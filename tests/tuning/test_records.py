@@ -63,6 +63,36 @@ def test_a_loss_between_the_norms_is_kept_for_a_picture():
     assert any("one row in 10 steps" in note for note in record.notes)
 
 
+def test_norms_that_stand_several_times_are_counted_once_nan_and_infinity_too():
+    """As in a log of every micro-batch, which repeats the norm; a NaN is equal to a NaN."""
+    once = [*noisy(20), np.nan, *noisy(5), np.inf, np.nan, *noisy(10)]
+    record = read([{"clip/norm": norm} for norm in once for _ in range(4)])
+    np.testing.assert_array_equal(record.norms, once)
+    assert any("each norm stands 4 times in a row" in note for note in record.notes)
+    apart = read([{"clip/norm": norm} for norm in once])
+    np.testing.assert_array_equal(apart.norms, once)
+    assert apart.notes == ()
+    # The last stretch may be cut short, and a long stretch of NaN be several steps.
+    cut = read([{"clip/norm": norm} for norm in once for _ in range(4)][:-3])
+    np.testing.assert_array_equal(cut.norms, once)
+
+
+def test_equal_steps_of_whole_rows_are_not_joined_and_are_noted():
+    rows = [{"step": at // 2, "clip/norm": 1.0 + at} for at in range(6)]
+    record = read(rows)
+    assert record.norms.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert record.steps.tolist() == [0, 0, 1, 1, 2, 2]
+    assert record.notes == ("the steps do not rise (0 after 0); two runs in one file?",)
+
+
+def test_rows_without_a_step_have_their_own_number():
+    rows = [{"clip/norm": 1.0} | ({"step": at} if at % 2 else {}) for at in range(1, 9)]
+    record = read(rows)
+    assert record.steps.tolist() == list(range(1, 9))
+    assert record.every == 1
+    assert record.notes == ()
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [

@@ -12,6 +12,7 @@ import optclip
 PACKAGE = pathlib.Path(optclip.__file__).parent
 
 LAYERS = (
+    {"_jax"},
     {"norms", "devices"},
     {"scopes", "limiters", "thresholds"},
     {"planning"},

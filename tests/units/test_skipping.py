@@ -120,6 +120,58 @@ def test_a_spike_of_the_loss_is_skipped_where_it_is_passed():
     assert update._cache_size() == 1
 
 
+@pytest.mark.parametrize("loss", [np.inf, np.nan])
+def test_a_loss_that_is_not_finite_is_skipped_before_there_are_many(loss):
+    optimizer = optclip.skip_spikes(optax.sgd(0.1))
+    update, state = quick_jit(optimizer.update), optimizer.init(PARAMS)
+    first, *rest = gradients(40)
+    updates, state = update(first, state, PARAMS, loss=np.float32(loss))
+    assert is_zero(updates)
+    assert int(state.skipped_steps) == int(state.nonfinite_steps) == 1
+    assert int(state.losses.count) == int(state.norms.count) == 0
+    for gradient in rest:
+        updates, state = update(gradient, state, PARAMS, loss=np.float32(2.0))
+        assert not is_zero(updates)
+    updates, _ = update(first, state, PARAMS, loss=np.float32(5.0))
+    assert is_zero(updates)
+
+
+def test_a_schedule_waits_while_steps_are_skipped_as_that_of_the_learning_rate_does():
+    rate = lambda count: 1e6 * 0.5**count  # noqa: E731
+    optimizer = optclip.safeguard(optax.sgd(rate), ratio=lambda count: 0.01 * (1 + count))
+    update, state = quick_jit(optimizer.update), optimizer.init(PARAMS)
+    read = []
+    for scale in (1.0, np.nan, 1.0, np.nan, np.nan, 1.0):
+        _, state = update(next(gradients(1, scale=scale)), state, PARAMS)
+        read.append(float(optclip.metrics(state)["bound/update_ratio"]))
+    np.testing.assert_allclose(read, [0.01, 0, 0.02, 0, 0, 0.03], rtol=1e-5)
+    assert int(state.skipped_steps) == 3
+
+
+def test_readings_of_a_clip_inside_safeguard_come_after_its_own():
+    inner = optax.chain(optclip.clip_by_global_norm(0.5), optax.sgd(0.1))
+    update, state = warmed_up(optclip.safeguard(inner))
+    spike = next(gradients(1, scale=1000.0))
+    _, state = update(spike, state, PARAMS)
+    read = {name: float(x) for name, x in optclip.metrics(state).items()}
+    norm = np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in spike.values()))
+    np.testing.assert_allclose(read["clip/0/norm"], norm, rtol=1e-5)
+    # What the first leaves is what the second measures; then the learning rate, then the bound.
+    np.testing.assert_allclose(read["clip/1/norm"], read["clip/0/clipped_norm"], rtol=1e-5)
+    np.testing.assert_allclose(read["clip/1/clipped_norm"], 0.5, rtol=1e-5)
+    np.testing.assert_allclose(read["bound/norm"], 0.05, rtol=1e-5)
+    assert (
+        read["clip/0/norm"] > read["clip/1/norm"] > read["bound/norm"] >= read["bound/clipped_norm"]
+    )
+
+
+def test_the_norm_of_a_skipped_step_is_read_as_it_was():
+    optimizer = optclip.skip_spikes(optax.sgd(0.1))
+    for value in (np.inf, -np.inf):
+        _, state = optimizer.update(bad(value), optimizer.init(PARAMS), PARAMS)
+        assert np.isinf(optclip.metrics(state)["skip/norm"])
+
+
 def test_constant_and_zero_gradients_are_never_spikes():
     optimizer = optclip.skip_spikes(optax.sgd(0.1))
     update, state = quick_jit(optimizer.update), optimizer.init(PARAMS)
@@ -174,11 +226,14 @@ def test_on_a_mesh_as_on_one_device(wrapper, kind):
     def put(tree):
         return jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, specs)
 
+    update, expected_updates = quick_jit(optimizer.update), []
+    for gradient in steps:
+        expected, alone = update(gradient, alone, params)
+        expected_updates.append(expected)
     with jax.set_mesh(mesh):
         spread = optimizer.init(put(params))
         update = quick_jit(optimizer.update)
-        for gradient in steps:
-            expected, alone = optimizer.update(gradient, alone, params)
+        for gradient, expected in zip(steps, expected_updates, strict=True):
             updates, spread = update(put(gradient), spread, put(params))
             for name in params:
                 np.testing.assert_allclose(updates[name], expected[name], rtol=2e-6, atol=1e-9)
@@ -238,6 +293,7 @@ def test_settings_may_be_traced():
         (lambda: optclip.skip_spikes(optax.sgd(0.1), window=0), "window"),
         (lambda: optclip.skip_spikes(optax.sgd(0.1), deviations=-1.0), "-1.0"),
         (lambda: optclip.skip_spikes(optax.sgd(0.1), patience=0), "patience"),
+        (lambda: optclip.skip_spikes(optax.sgd(0.1), deviations=lambda count: 6.0), "one number"),
         (lambda: optclip.skip_spikes(optax.sgd(0.1), nonfinite="zero"), "'skip'"),
         (lambda: optclip.safeguard(optax.sgd(0.1), ratio=float("nan")), "nan"),
         (lambda: optclip.safeguard(optax.sgd(0.1), nonfinite="zero"), "'skip'"),

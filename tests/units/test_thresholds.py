@@ -12,7 +12,7 @@ from helpers.running import assert_right
 from helpers.samples import assert_same
 
 import optclip
-from optclip import scopes, thresholds
+from optclip import limiters, scopes, thresholds
 from optclip.thresholds import Rule
 
 GRADIENT = jnp.array([3.0, 4.0])
@@ -150,6 +150,58 @@ def test_a_rule_is_taken_for_itself_and_a_number_for_a_rule():
     assert thresholds.as_rule(rule) is rule
     assert not thresholds.as_rule(2.0).has_memory
     assert_same(run(thresholds.as_rule(2.0), [GRADIENT])[1], run(2.0, [GRADIENT])[1])
+
+
+RULES = {
+    "moving_average": thresholds.moving_average(2.0, 0.9),
+    "moving_average, raw": thresholds.moving_average(2.0, 0.9, "raw"),
+    "zscore": thresholds.zscore(1.0, 0.9, 3),
+    "zscore, max": thresholds.zscore(1.0, 0.9, 3, "max"),
+    "robust": thresholds.robust(1.0, 0.9, math.inf),
+    "robust, clipped": thresholds.robust(1.0, 0.9, math.inf, "clipped"),
+    "mean_over_window": thresholds.mean_over_window(1.0, 8, "clipped"),
+    "quantile_over_window": thresholds.quantile_over_window(50.0, 8, "clipped"),
+    "leaf_average": thresholds.leaf_average(1.05, 0.9, 3, 1e3),
+    "switch": thresholds.switch(3, 2.0, thresholds.moving_average(2.0, 0.9)),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_what_a_rule_learns_under_the_smooth_limiter_is_what_that_leaves(strict, name):
+    """By hand: the rule is asked, the norm shrinks to n c / (n + c), and the rule is shown both."""
+    rule, sizes = RULES[name], np.exp(0.5 * np.random.default_rng(0).normal(size=20))
+    gradients = [jnp.asarray([0.6, 0.8], jnp.float32) * jnp.float32(size) for size in sizes]
+    read, _ = run(rule, gradients, limiter=limiters.smooth)
+    memory, expected = rule.init(jnp.zeros([], jnp.float32)), []
+    for count, size in enumerate(sizes):
+        step = thresholds.Step(jnp.int32(count), jnp.int32(count))
+        norm = jnp.float32(size)
+        threshold = jnp.asarray(rule.threshold(memory, step, norm, None))
+        expected.append(float(threshold))
+        left = norm if math.isinf(expected[-1]) else norm * threshold / (norm + threshold)
+        memory = rule.observe(memory, step, norm, left)
+    np.testing.assert_allclose(read, expected, rtol=1e-5)
+    hard, _ = run(rule, gradients)
+    # The winsorized rule and the raw one learn from what comes, and not from what is left.
+    assert (hard == read) == (name in ("robust", "moving_average, raw"))
+
+
+@pytest.mark.parametrize(("quantile", "init", "size"), [(1.0, 3e38, 3.4e38), (0.0, 2e-38, 1e-38)])
+def test_the_online_quantile_stays_a_normal_number_at_the_ends_of_the_range(quantile, init, size):
+    rule = thresholds.online_quantile(quantile, 5.0, init)
+    read, state = run(rule, [jnp.full(1, size, jnp.float32)] * 4)
+    limits = np.finfo(np.float32)
+    for threshold in (*read, float(state.memory)):
+        assert limits.tiny <= threshold <= limits.max
+    assert_right(float(state.memory), limits.max if quantile else limits.tiny)
+
+
+def test_quantiles_of_0_and_1_are_the_least_and_the_largest(strict):
+    sizes = [3.0, 1.0, 2.0, 5.0]
+    for percentile, expected in ((0.0, [3.0, 1.0, 1.0, 1.0]), (100.0, [3.0, 3.0, 3.0, 5.0])):
+        rule = thresholds.quantile_over_window(percentile, 4)
+        read, _ = run(rule, [jnp.full(1, size) for size in sizes])
+        assert_right(read, expected)
 
 
 # A rule of one's own -----------------------------------------------------------------------------

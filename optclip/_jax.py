@@ -1,0 +1,36 @@
+"""What this library needs of JAX beyond its public names, and what differs between its versions.
+
+No other file of the library reads an internal of JAX. Each function says for which versions it is
+as it is; `.ci/run` tests the oldest that `pyproject.toml` allows and the newest there is.
+"""
+
+from typing import Any
+
+import jax
+from jax import lax
+
+
+def is_traced(x: Any) -> bool:
+    """Whether a value is not known yet, since a program is being traced.
+
+    jax 0.10 to 0.12: `jax.core.Tracer` has no other public name.
+    """
+    return isinstance(x, jax.core.Tracer)
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """The mesh axes over which an array differs between devices, where JAX tracks that.
+
+    Empty outside `shard_map`, in `pmap`, and with `check_vma=False`.
+
+    jax 0.10 to 0.12: `manual_axis_type.varying`; up to 0.9 it was the type's `vma`.
+    """
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def tracks_axis(name: str) -> bool:
+    """Whether JAX tracks here what varies over a bound mesh axis: its index does, where it does.
+
+    jax 0.10 to 0.12: nothing else tells `check_vma=True` from `check_vma=False`.
+    """
+    return name in varying_axes(lax.axis_index(name))
