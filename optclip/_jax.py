@@ -7,6 +7,7 @@ as it is; `.ci/run` tests the oldest that `pyproject.toml` allows and the newest
 from typing import Any
 
 import jax
+import jax.core
 from jax import lax
 
 
