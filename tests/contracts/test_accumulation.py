@@ -1,7 +1,7 @@
 """Clips and the accumulation of gradients over micro-batches.
 
 Inside `optax.MultiSteps`, or after a scan that takes the mean, the clip sees the mean; in front of
-`MultiSteps` it sees every micro-batch. `test_contracts_compose.py` has the first for every method.
+`MultiSteps` it sees every micro-batch. `test_compose.py` has the first for every method.
 """
 
 import functools

@@ -22,7 +22,7 @@ from helpers.running import (
 )
 from helpers.samples import assert_same, quick_jit
 from helpers.strategies import TREES, parameters, values
-from oracles import clips as oracles
+from oracles import clips
 from oracles.methods import oracle_of
 
 import optclip
@@ -85,7 +85,7 @@ def test_4_threshold_0_gives_zeros_and_infinity_the_input(method):
         transform = method.build(**numbers_for(method, threshold))
         updates, _ = quick_jit(transform.update)(gradient, transform.init(params), params)
         if threshold == 0:
-            assert all(not np.any(oracles.wide(x)) for x in jax.tree.leaves(updates))
+            assert all(not np.any(clips.wide(x)) for x in jax.tree.leaves(updates))
         else:
             assert_same(updates, gradient)
 
@@ -108,7 +108,7 @@ def slope(outcome_at, step=1e-6):
 
 def slope_along(tangent, gradient, begin):
     """By the gradient, in the direction of the tangent."""
-    wide = jax.tree.map(oracles.wide, gradient)
+    wide = jax.tree.map(clips.wide, gradient)
 
     def outcome_at(h):
         return begin.oracle.peek(jax.tree.map(lambda x, v: x + h * v, wide, tangent), begin.params)

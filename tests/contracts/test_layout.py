@@ -2,7 +2,7 @@
 
 Eight devices as a mesh of 2 ("data") x 2 ("fsdp") x 2 ("tensor"), with leaves that are split over
 one axis, over two along one dimension, along two dimensions, and whole ones. What JAX is made to
-say and to compile there is in `test_contracts_collectives.py`.
+say and to compile there is in `test_collectives.py`.
 """
 
 import functools

@@ -17,7 +17,7 @@ from helpers.running import (
 )
 from helpers.samples import assert_close, assert_same, quick_jit
 from helpers.strategies import TREES, values
-from oracles import clips as oracles
+from oracles import clips
 
 import optclip
 from optclip import norms, scopes
@@ -86,7 +86,7 @@ def test_6_what_follows_is_as_without_the_nonfinite_steps(method):
 
 def without_counts(state):
     """The state's leaves by name, but those that count all steps, or the non-finite ones."""
-    named = dict(oracles.leaves_with_paths(state))
+    named = dict(clips.leaves_with_paths(state))
     counts = ("count", "nonfinite_steps")
     return {path: x for path, x in named.items() if path.split("/")[-1] not in counts}
 

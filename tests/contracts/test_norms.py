@@ -16,7 +16,7 @@ from helpers.running import (
 from helpers.samples import ALL_METHODS, quick_jit
 from helpers.strategies import KINDS, TREES, few, fillings, values
 from hypothesis import given
-from oracles import clips as oracles
+from oracles import clips
 from oracles.methods import oracle_of
 
 import optclip
@@ -62,7 +62,7 @@ def norms_in_detail(oracle, gradient, params):
     """The norms of all groups, or of all leaves where there is one group."""
     groups = oracle.peek(gradient, params).groups
     if oracle.scope == "tree":
-        groups = oracles.groups_of(gradient, "leaf")
+        groups = clips.groups_of(gradient, "leaf")
     return [oracle.measure(gradient, params, group) for group in groups]
 
 
@@ -70,7 +70,7 @@ def norms_in_detail(oracle, gradient, params):
 @pytest.mark.parametrize("scope", SCOPES)
 def test_2_norms_are_right_in_every_scope(scope, norm):
     clip = optclip.clip_by(1.0, scope=SCOPES[scope], norm=NORMS[norm], detail=scope != "tree")
-    oracle = oracles.Clip(1.0, scope, norm, label=lambda path: path[:1])
+    oracle = clips.Clip(1.0, scope, norm, label=lambda path: path[:1])
     # As XLA optimizes it for a run, but for some, which say no more and compile for long.
     update = (jax.jit if norm in ("l2", "linf") else quick_jit)(clip.update)
     for seed, kind in enumerate(KINDS):
@@ -91,7 +91,7 @@ def test_2_a_norm_beyond_float32_is_that_of_a_finite_gradient(entry, norm, detai
     gradient = {"a": jnp.full(3, largest), "b": largest}
     clip = optclip.clip_by(1.0, norm=NORMS[norm], detail=detail)
     updates, state = clip.update(gradient, clip.init(gradient))
-    outcome = oracles.Clip(1.0, kind=norm).step(gradient)
+    outcome = clips.Clip(1.0, kind=norm).step(gradient)
     assert int(state.nonfinite_steps) == 0
     assert_entries_right(updates, outcome.updates)
     assert_right(state.norm, held(outcome.norms[0]))
@@ -107,8 +107,8 @@ def test_2_norms_of_many_entries_and_of_many_leaves(norm):
         "300 leaves": [jnp.full(7, 1 + place, jnp.bfloat16) for place in range(300)],
     }.items():
         _, state = clip.update(gradient, clip.init(gradient))
-        (group,) = oracles.groups_of(gradient, "tree")
-        assert_right(state.norm, oracles.norm_of(gradient, group, norm), where=name)
+        (group,) = clips.groups_of(gradient, "tree")
+        assert_right(state.norm, clips.norm_of(gradient, group, norm), where=name)
 
 
 @each_norm
@@ -116,7 +116,7 @@ def test_2_norms_of_many_entries_and_of_many_leaves(norm):
 def test_2_norms_of_64_bit_leaves(x64, scope, norm):
     random = np.random.default_rng(0)
     clip = optclip.clip_by(1.0, scope=SCOPES[scope], norm=NORMS[norm], detail=scope != "tree")
-    oracle, update = oracles.Clip(1.0, scope, norm), quick_jit(clip.update)
+    oracle, update = clips.Clip(1.0, scope, norm), quick_jit(clip.update)
     for size in (1.0, 0.0, 1e200, 1e-200, 1e30, 1e-30):
         gradient = {
             "a": jnp.asarray(size * random.normal(size=(3, 4)), jnp.float64),
@@ -138,7 +138,7 @@ def test_2_norms_of_64_bit_leaves(x64, scope, norm):
 @pytest.mark.parametrize("scope", ["tree", "leaf"])
 def test_2_norms_of_32_bit_leaves_beside_64_bit_ones(x64, scope, norm):
     clip = optclip.clip_by(1.0, scope=SCOPES[scope], norm=NORMS[norm])
-    oracle, update = oracles.Clip(1.0, scope, norm), quick_jit(clip.update)
+    oracle, update = clips.Clip(1.0, scope, norm), quick_jit(clip.update)
     for narrow in (0.0, 1.0, 1e30, 1e-30):
         for broad in (0.0, 1.0, 1e200, 1e-200):
             gradient = {

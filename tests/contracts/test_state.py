@@ -1,6 +1,6 @@
 """Contracts 8 and 11: a state that keeps its form, in one program that asks nothing of the host.
 
-What a state must survive outside a program, in a checkpoint, is in `test_contracts_resume.py`.
+What a state must survive outside a program, in a checkpoint, is in `test_resume.py`.
 The tests share two compiled programs a method: a donated step, and a run by `scan` with the
 method's numbers as traced values.
 """
@@ -144,7 +144,7 @@ def test_a_step_keeps_the_types_of_the_state(method, params_kind, updates_kind):
 
 @each_method
 def test_one_program_runs_all_steps(method):
-    """On a mesh, see `test_contracts_layout.py`."""
+    """On a mesh, see `test_layout.py`."""
     programs = programs_of(method)
     params, state = programs.params, programs.transform.init(programs.params)
     types = types_of(state)

@@ -24,7 +24,7 @@ from helpers.samples import assert_same, quick_jit
 from helpers.strategies import TREES, TYPES, few, fillings, parameters, spec, structures, values
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import clips as oracles
+from oracles import clips
 
 import optclip
 
@@ -163,8 +163,8 @@ def assert_bounded(method, begin, gradient, updates, outcome, reported):
     for place, bounds in outcome.bounds.items():
         old, new = np.ravel(before[place]), np.ravel(after[place])
         roundoff, step = ROUNDOFF[old.dtype.name], slack(old.dtype)
-        assert np.all(oracles.moduli(new) <= bounds * learnt * (1 + roundoff) + step)
-        below = oracles.moduli(old) < bounds * (1 - 1e-4)
+        assert np.all(clips.moduli(new) <= bounds * learnt * (1 + roundoff) + step)
+        below = clips.moduli(old) < bounds * (1 - 1e-4)
         assert old[below].tobytes() == new[below].tobytes()
     if outcome.bounds:
         return

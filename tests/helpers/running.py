@@ -1,4 +1,4 @@
-"""Methods at work: compiled once, warmed up, read, and compared with their oracles."""
+"""Methods at work: compiled once, warmed up, read, and compared with their clips."""
 
 import copy
 import functools
@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import clips as oracles
-from oracles import methods as registry_oracles
+from oracles import clips, methods
 
 import optclip
 from helpers import strategies
@@ -83,7 +82,7 @@ class Start(NamedTuple):
 
     params: Any
     state: Any
-    oracle: oracles.Clip
+    oracle: clips.Clip
 
 
 def start(method: Method, tree: str, **changes: Any) -> Start:
@@ -101,7 +100,7 @@ def _started(name: str, tree: str, changes: tuple[tuple[str, Any], ...]) -> Star
     specs = strategies.TREES[tree]
     params = strategies.parameters(specs)
     update = compiled(method, **dict(changes))
-    state, oracle = method.build(**dict(changes)).init(params), registry_oracles.oracle_of(method)
+    state, oracle = method.build(**dict(changes)).init(params), methods.oracle_of(method)
     for seed in range(WARM_UP if method.has_memory else 0):
         gradient = strategies.values(specs, seed=seed, scale=0.1)
         _, state = update(gradient, state, params)
@@ -138,14 +137,14 @@ def assert_right(actual: Any, expected: Any, rtol: float = 1e-5, where: str = ""
 
 def assert_entries_right(actual: Any, expected: Any, rtol: float = 1e-5) -> None:
     """Every entry within `rtol` and its type's roundoff; subnormal ones within a half step."""
-    pairs = zip(oracles.leaves_with_paths(actual), jax.tree.leaves(expected), strict=True)
+    pairs = zip(clips.leaves_with_paths(actual), jax.tree.leaves(expected), strict=True)
     for (path, leaf), right in pairs:
-        if oracles.takes_part(leaf):
-            off = np.abs(oracles.wide(leaf) - right)
+        if clips.takes_part(leaf):
+            off = np.abs(clips.wide(leaf) - right)
             allowed = (rtol + ROUNDOFF[leaf.dtype.name]) * np.abs(right) + slack(leaf.dtype)
             worst = np.argmax(off - allowed)
             assert np.all(off <= allowed), (
-                f"{path}: {oracles.wide(leaf).flat[worst]} where {np.ravel(right)[worst]} is right"
+                f"{path}: {clips.wide(leaf).flat[worst]} where {np.ravel(right)[worst]} is right"
             )
 
 
@@ -155,7 +154,7 @@ def slack(dtype: Any) -> float:
     return 2 * float(limits.tiny) if is_flushed(dtype) else float(limits.smallest_subnormal) / 2
 
 
-def bound_of(begin: Start, tree: Any, group: oracles.Group, threshold: float) -> float:
+def bound_of(begin: Start, tree: Any, group: clips.Group, threshold: float) -> float:
     """How large the norm of a clipped group may be once its entries are rounded to their types.
 
     The threshold, its entries' roundoff, and half a step for each of those too small for that.

@@ -2,7 +2,7 @@
 
 Nothing here calls optclip. An oracle is a small object with a `step`; one for a method without
 memory answers the same at every step. Which method has which oracle stands in
-`registry_oracles.py`.
+`methods.py`.
 """
 
 import copy

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from helpers.registry import Method
 
-from oracles import learned as adaptive_oracles
+from oracles import learned
 from oracles.clips import Clip, EntryClip, Group, fan_in_axes, moduli, smooth
 
 
@@ -88,7 +88,7 @@ class Spam(EntryClip):
 
 
 class Learned(Clip):
-    """The whole gradient, by an oracle that learns from its norms, of `adaptive_oracles`."""
+    """The whole gradient, by an oracle that learns from its norms, of `learned`."""
 
     def __init__(self, learner: Any):
         super().__init__()
@@ -110,30 +110,30 @@ class LearnedByLeaf(Learned):
         return self.learner.step(norms)[0]
 
 
-def learned(learner: Callable[..., Any], wrap: Callable[[Any], Clip] = Learned) -> Any:
+def learning(learner: Callable[..., Any], wrap: Callable[[Any], Clip] = Learned) -> Any:
     """An oracle that builds `learner` with a method's arguments."""
     return lambda **arguments: wrap(learner(**arguments))
 
 
 ORACLES: dict[str, Callable[..., Clip]] = {
-    "adagc": learned(adaptive_oracles.AdaGC, LearnedByLeaf),
+    "adagc": learning(learned.AdaGC, LearnedByLeaf),
     "adaptive_grad_clip": adaptive_grad_clip,
-    "autoclip": learned(adaptive_oracles.AutoClip),
+    "autoclip": learning(learned.AutoClip),
     "clip_by_block_rms": clip_by_block_rms,
     "clip_by_global_norm": clip_by_global_norm,
     "clip_by_group_norm": clip_by_group_norm,
     "clip_by_leaf_norm": clip_by_leaf_norm,
-    "clip_by_moving_average": learned(adaptive_oracles.MovingAverage),
+    "clip_by_moving_average": learning(learned.MovingAverage),
     "clip_by_param_norm": clip_by_param_norm,
-    "clip_by_quantile": learned(adaptive_oracles.OnlineQuantile),
+    "clip_by_quantile": learning(learned.OnlineQuantile),
     "clip_by_value": clip_by_value,
-    "clip_by_window": learned(adaptive_oracles.MeanOverWindow),
+    "clip_by_window": learning(learned.MeanOverWindow),
     "clippy": Clippy,
     "measure_norms": measure_norms,
-    "robust_clip": learned(adaptive_oracles.Robust),
+    "robust_clip": learning(learned.Robust),
     "smooth_clip": smooth_clip,
     "spam_clip": Spam,
-    "zclip": learned(adaptive_oracles.ZClip),
+    "zclip": learning(learned.ZClip),
 }
 
 

@@ -18,7 +18,7 @@ from helpers.streams import (
 )
 
 import optclip
-from oracles import learned as oracles
+from oracles import learned
 
 
 class Case(NamedTuple):
@@ -52,7 +52,7 @@ SOURCES = ("raw", "clipped", "winsorised")
 
 def autoclips() -> Iterator[Case]:
     def case(*settings, **static):
-        return Case(optclip.autoclip, oracles.AutoClip, settings, static, TWO)
+        return Case(optclip.autoclip, learned.AutoClip, settings, static, TWO)
 
     yield case({})
     yield case(*({"percentile": x} for x in (90.0, 50.0, 0.0, 100.0)), window=50)
@@ -66,7 +66,7 @@ def autoclips() -> Iterator[Case]:
 def quantiles() -> Iterator[Case]:
     def case(streams, *settings):
         # Of equal norms, the threshold comes back to the very norm: above or below is rounding.
-        return Case(optclip.clip_by_quantile, oracles.OnlineQuantile, settings, {}, streams)
+        return Case(optclip.clip_by_quantile, learned.OnlineQuantile, settings, {}, streams)
 
     yield case(CHANGING, {})
     half, most = {"quantile": 0.5, "step_size": 0.05}, {"quantile": 0.99, "step_size": 0.5}
@@ -76,7 +76,7 @@ def quantiles() -> Iterator[Case]:
 
 def zclips() -> Iterator[Case]:
     def case(*settings, streams=tuple(STREAMS), **static):
-        return Case(optclip.zclip, oracles.ZClip, settings, static, streams)
+        return Case(optclip.zclip, learned.ZClip, settings, static, streams)
 
     numbers = (
         {"z_threshold": 2.0, "decay": 0.9, "warmup_steps": 1},
@@ -92,7 +92,7 @@ def zclips() -> Iterator[Case]:
 
 def windows() -> Iterator[Case]:
     def case(*settings, streams=TWO, **static):
-        return Case(optclip.clip_by_window, oracles.MeanOverWindow, settings, static, streams)
+        return Case(optclip.clip_by_window, learned.MeanOverWindow, settings, static, streams)
 
     deviations = tuple({"deviations": x} for x in (0.0, 1.0, 6.0))
     yield case({}, streams=tuple(STREAMS))
@@ -104,7 +104,7 @@ def windows() -> Iterator[Case]:
 
 def averages() -> Iterator[Case]:
     def case(*settings, **static):
-        return Case(optclip.clip_by_moving_average, oracles.MovingAverage, settings, static)
+        return Case(optclip.clip_by_moving_average, learned.MovingAverage, settings, static)
 
     numbers = ({"multiplier": 1.2, "decay": 0.9}, {"multiplier": 5.0, "decay": 0.0})
     yield case({})
@@ -114,7 +114,7 @@ def averages() -> Iterator[Case]:
 
 def robusts() -> Iterator[Case]:
     def case(*settings, **static):
-        return Case(optclip.robust_clip, oracles.Robust, settings, static)
+        return Case(optclip.robust_clip, learned.Robust, settings, static)
 
     numbers = (
         {"deviations": -0.5, "decay": 0.9, "max_rise": 0.02},

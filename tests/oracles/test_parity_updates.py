@@ -20,8 +20,7 @@ from helpers.streams import (
 )
 
 import optclip
-from oracles import learned as adaptive_oracles
-from oracles import updates as oracles
+from oracles import learned
 
 # AdaGC
 
@@ -61,7 +60,7 @@ def test_adagc_is_the_papers_leaf_by_leaf(static, settings, holes, strict):
     norms = np.stack([norms_of_rows(leaf) for leaf in leaves_of(rows)], axis=1)
     for setting in settings:
         result = run(optclip.adagc, rows, setting, static)
-        oracle = oracle_of(adaptive_oracles.AdaGC, **setting, **static)
+        oracle = oracle_of(learned.AdaGC, **setting, **static)
         # The paper's step counts whatever the gradient: one of zeros too.
         right = np.array([oracle.step(list(row)) for row in norms[finite]])
         applied = np.stack([norms_of_rows(x) for x in leaves_of(result.updates)], axis=1)
@@ -97,7 +96,7 @@ def test_spam_is_the_papers_entry_by_entry(source, scale, strict):
         {"threshold": 1000.0, "decay": 0.99, "warmup_steps": 1},
     ):
         result = run(optclip.spam_clip, rows, setting, {"learn_from": source})
-        oracle = oracle_of(oracles.Spam, **setting, learn_from=source)
+        oracle = oracle_of(rowwise.Spam, **setting, learn_from=source)
         bounds, clipped = zip(*map(oracle.step, rows[finite].astype(np.float64)), strict=True)
         assert np.any(np.abs(clipped) < np.abs(rows[finite]))
         assert_close(result.updates[finite], clipped, f"entries, {setting}")
@@ -107,7 +106,7 @@ def test_spam_is_the_papers_entry_by_entry(source, scale, strict):
 
 def test_spams_defaults_are_the_papers():
     rows = entrywise(1.0, ())
-    oracle = oracle_of(oracles.Spam)
+    oracle = oracle_of(rowwise.Spam)
     right = [oracle.step(row)[1] for row in rows.astype(np.float64)]
     assert_close(run(optclip.spam_clip, rows, {}).updates, right, "entries")
 
@@ -129,7 +128,7 @@ def test_clippy_is_the_papers_tensor_by_tensor(setting, strict):
     rows, params = updates_of(1.0), moving_parameters()
     finite = np.all(np.isfinite(rows), axis=1)
     result = run(optclip.clippy, rows, setting, params=params)
-    oracle = oracle_of(oracles.Clippy, **setting)
+    oracle = oracle_of(rowwise.Clippy, **setting)
     pairs = zip(rows[finite].astype(float), params[finite].astype(float), strict=True)
     right = [oracle.step(leaves_of(u), leaves_of(w)) for u, w in pairs]
     factors, tensors = zip(*right, strict=True)
@@ -170,7 +169,7 @@ def test_clip_by_param_norm_is_its_formula(setting, strict):
     rows, params = updates_of(1.0), moving_parameters()
     finite = np.all(np.isfinite(rows), axis=1)
     result = run(optclip.clip_by_param_norm, rows, setting, params=params)
-    oracle = oracle_of(oracles.ParamNorm, **setting)
+    oracle = oracle_of(rowwise.ParamNorm, **setting)
     pairs = zip(rows[finite].astype(float), params[finite].astype(float), strict=True)
     thresholds, right = zip(*(oracle.step(u, w) for u, w in pairs), strict=True)
     assert_close(result.readings["clip/threshold"][finite], thresholds, "threshold")

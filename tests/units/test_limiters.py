@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.running import assert_right
-from oracles import clips as oracles
+from oracles import clips
 
 import optclip
 from optclip import limiters, scopes
@@ -16,8 +16,8 @@ from optclip.norms import Magnitude
 pytestmark = pytest.mark.usefixtures("strict")
 
 PAIRS = {
-    "rescale": (limiters.rescale, oracles.rescale),
-    "smooth": (limiters.smooth, oracles.smooth),
+    "rescale": (limiters.rescale, clips.rescale),
+    "smooth": (limiters.smooth, clips.smooth),
 }
 SIZES = (0.0, 1e-30, 0.5, 1.0, 4.0, 1e30, math.inf)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.running import assert_right
 from helpers.strategies import KINDS, TREES, values
-from oracles import clips as oracles
+from oracles import clips
 
 import optclip
 from optclip import norms, scopes
@@ -31,7 +31,7 @@ def test_parts_combine_to_the_whole(name):
     norm, entries = NORMS[name], jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)))
     parts = [norm.statistic(part, (0, 1), None) for part in (entries[:1], entries[1:])]
     total = norm.combine(jnp.stack(parts), axis=0)
-    assert_right(norm.finish(total, 24).item(), oracles.norm(oracles.moduli(entries), name))
+    assert_right(norm.finish(total, 24).item(), clips.norm(clips.moduli(entries), name))
 
 
 @each_norm
@@ -53,10 +53,10 @@ def test_lift_undoes_finish(name):
 def test_norms_of_groups_pool_to_the_norm_of_all(name):
     norm, parts = NORMS[name], [np.array([3.0, -4.0]), np.array([]), np.array([1e30, 2.0, 0.5])]
     for scale in (1.0, 1e-34, 3e8):
-        groups = np.array([oracles.norm(np.abs(scale * part), name) for part in parts])
+        groups = np.array([clips.norm(np.abs(scale * part), name) for part in parts])
         sizes = np.array([part.size for part in parts], float)
         pooled = norms.pool(norm, norms.plain(jnp.asarray(groups, jnp.float32)), sizes)
-        right = oracles.norm(np.abs(scale * np.concatenate(parts)), name)
+        right = clips.norm(np.abs(scale * np.concatenate(parts)), name)
         assert_right(np.float64(pooled.value) / np.float64(pooled.scale), right)
 
 
@@ -65,9 +65,9 @@ def test_every_order_clips(name):
     clip = optclip.clip_by(0.5, norm=NORMS[name])
     for seed, kind in enumerate(KINDS):
         gradient = values(TREES["small"], (kind, "ordinary"), seed)
-        (group,) = oracles.groups_of(gradient, "tree")
+        (group,) = clips.groups_of(gradient, "tree")
         updates, state = clip.update(gradient, clip.init(gradient))
-        before, after = (oracles.norm_of(tree, group, name) for tree in (gradient, updates))
+        before, after = (clips.norm_of(tree, group, name) for tree in (gradient, updates))
         assert_right(state.norm, min(before, float(np.finfo(np.float32).max)), where=kind)
         assert_right(after, min(before, 0.5), where=kind)
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 from helpers.running import assert_right
 from helpers.samples import assert_same
-from oracles import clips as oracles
+from oracles import clips
 
 import optclip
 from optclip import scopes
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("strict")
     ids=repr,
 )
 def test_units_where_nothing_is_said(shape, axes):
-    assert scopes.fan_in_axes("any", shape) == axes == oracles.fan_in_axes("any", shape)
+    assert scopes.fan_in_axes("any", shape) == axes == clips.fan_in_axes("any", shape)
 
 
 def axes_of_a_model(path, shape):

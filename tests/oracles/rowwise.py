@@ -1,7 +1,7 @@
 """Clips of entries, clips relative to the parameters, and wrappers of optimizers, in float64.
 
 Nothing here calls optclip or jax. Gradients, updates and parameters are lists of arrays, one for
-each tensor, or one flat array where nothing depends on the tensors. As in `adaptive_oracles.py`,
+each tensor, or one flat array where nothing depends on the tensors. As in `learned.py`,
 steps that teach nothing are not shown to an oracle.
 """
 
