@@ -20,7 +20,7 @@ from helpers.streams import (
 )
 
 import optclip
-from oracles import learned
+from oracles import learned, rowwise
 
 # AdaGC
 
