@@ -16,6 +16,14 @@ MOMENTUM, ADAMW = "transformer, momentum", "transformer, AdamW"
 UNITS = ("x1e-5", "x20")
 
 
+NOT_RUN = "not run yet"
+"""What pages say of a contender that the results have no scores of."""
+
+
+class NotRun(LookupError):
+    """The results have no scores of a contender: it is newer than they are."""
+
+
 class Found:
     """The scores of a report, by task, setting and method; a loss that diverged is infinite."""
 
@@ -23,7 +31,13 @@ class Found:
         self.scores = scores
 
     def of(self, task: str, setting: str, method: str, what: str = "loss") -> float:
-        """A number of a score; infinity where there is none."""
+        """A number of a score; infinity where there is none.
+
+        Raises:
+            NotRun: If the results do not have the method.
+        """
+        if method not in self.scores[task][setting]:
+            raise NotRun(f"{task}, {setting}: {method} was {NOT_RUN}")
         value = self.scores[task][setting][method].get(what)
         return math.inf if value is None else float(value)
 
@@ -128,8 +142,8 @@ def _smooth(found: Found) -> Outcome:
     ratios = [
         found.over(task, setting, "smooth_clip", FIXED)
         for task, settings in found.scores.items()
-        for setting, methods in settings.items()
-        if math.isfinite(found.of(task, setting, FIXED)) and "smooth_clip" in methods
+        for setting in settings
+        if math.isfinite(found.of(task, setting, FIXED))
     ]
     near = sum(ratio <= 1.05 for ratio in ratios)
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}"

@@ -12,10 +12,11 @@ import pytest
 
 from benchmarks.proving_ground import candidates, conditions, training
 from benchmarks.proving_ground.candidates import CANDIDATES
-from benchmarks.proving_ground.claims import CLAIMS, Found
+from benchmarks.proving_ground.claims import CLAIMS, ONE, Found
 from benchmarks.proving_ground.contenders import CONTENDERS, NO_CLIP
 from benchmarks.proving_ground.page import __main__ as page
 from benchmarks.proving_ground.page import advice, results
+from benchmarks.proving_ground.page.cells import SAFEGUARD
 from benchmarks.proving_ground.reporting import FIXED
 from benchmarks.proving_ground.task import Setting, Task
 from benchmarks.proving_ground.tasks import TASKS
@@ -39,13 +40,39 @@ def found(change=None):
 # The committed results ---------------------------------------------------------------------------
 
 
-def test_the_results_are_of_every_method_under_every_setting():
+def test_the_results_are_of_every_setting_and_of_contenders():
+    """A contender may be newer than they are; one that was run was run under every setting."""
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", REPORT["date"])
     assert REPORT["command"].startswith("python -m benchmarks.proving_ground --full")
-    for task in TASKS.values():
-        for setting in task.settings:
-            methods = REPORT["scores"][task.name][setting.name]
-            assert {contender.name for contender in CONTENDERS} <= set(methods), setting.name
+    scores = REPORT["scores"]
+    assert {(task, setting) for task in scores for setting in scores[task]} == {
+        (task.name, setting.name) for task in TASKS.values() for setting in task.settings
+    }
+    run = set(scores["quadratic"]["gaussian"]) - {ONE}
+    assert {NO_CLIP, FIXED, SAFEGUARD} <= run <= {contender.name for contender in CONTENDERS}
+    assert all(
+        run == set(methods) - {ONE} for settings in scores.values() for methods in settings.values()
+    )
+
+
+@pytest.mark.parametrize("method", ["zclip", "smooth_clip", "clip_by_value", "adagc"])
+def test_a_contender_without_results_was_not_run_yet(method):
+    without = found()
+    for settings in without.scores.values():
+        for methods in settings.values():
+            del methods[method]
+    before, after = (results.claims(x).splitlines() for x in (found(), without))
+    [new] = [line for line, old in zip(after, before, strict=True) if line != old]
+    assert new.endswith("| not run yet |  |")
+    assert results.winners(without).endswith(f"\n\nNot run yet: `{method}` (anywhere).")
+
+
+def test_a_contender_may_miss_results_of_one_setting():
+    without = found()
+    del without.scores["ranker"]["rare features"]["clippy"]
+    assert results.winners(without).endswith("Not run yet: `clippy` (ranker: rare features).")
+    assert "Not run yet" not in results.winners(found())
+    assert "`clippy` not run yet" in advice.symptoms(without)
 
 
 def test_the_pages_say_what_the_results_say():

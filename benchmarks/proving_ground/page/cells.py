@@ -2,7 +2,7 @@
 
 import math
 
-from benchmarks.proving_ground.claims import Found
+from benchmarks.proving_ground.claims import NOT_RUN, Found, NotRun
 
 SAFEGUARD = "safeguard"
 WIDE = 30.0
@@ -44,5 +44,8 @@ def too_narrow(x: float) -> bool:
 
 def loss_text(found: Found, task: str, setting: str, method: str) -> str:
     """A loss."""
-    loss = found.of(task, setting, method)
+    try:
+        loss = found.of(task, setting, method)
+    except NotRun:
+        return NOT_RUN
     return f"{loss:#.3g}" if math.isfinite(loss) else "diverged"

@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from benchmarks.proving_ground.claims import CLAIMS, Found
-from benchmarks.proving_ground.contenders import NO_CLIP
+from benchmarks.proving_ground.claims import CLAIMS, NOT_RUN, Found, NotRun
+from benchmarks.proving_ground.contenders import CONTENDERS, NO_CLIP
 from benchmarks.proving_ground.page.cells import (
     SAFEGUARD,
     range_of,
@@ -91,15 +91,18 @@ def claims(found: Found) -> str:
     for claim in CLAIMS:
         outcome, verdict = None, "not testable here"
         if claim.test is not None:
-            outcome = claim.test(found)
-            verdict = "reproduced" if outcome.held else "**not reproduced**"
+            try:
+                outcome = claim.test(found)
+                verdict = "reproduced" if outcome.held else "**not reproduced**"
+            except NotRun:
+                verdict = NOT_RUN
         figure = "" if outcome is None else outcome.figure
         rows.append((claim.paper, claim.claimed, claim.tested, verdict, figure))
     return table(("paper", "claim", "asked for here", "", "measured"), rows)
 
 
 def winners(found: Found) -> str:
-    """The best methods of each setting."""
+    """The best methods of each setting, and who was not run yet."""
     rows = []
     for task, setting in settings_of(found):
         methods = found.scores[task][setting]
@@ -113,4 +116,16 @@ def winners(found: Found) -> str:
         )
         rows.append((f"{task}: {setting}", best, *others))
     head = ("task: setting", "lowest losses", "best fixed threshold", "`safeguard`", "no clip")
-    return table(head, rows)
+    waiting = [f"`{contender.name}`{_missing(found, contender.name)}" for contender in CONTENDERS]
+    waiting = [text for text in waiting if not text.endswith("`")]
+    return table(head, rows) + (
+        f"\n\n{NOT_RUN.capitalize()}: {'; '.join(waiting)}." if waiting else ""
+    )
+
+
+def _missing(found: Found, method: str) -> str:
+    """Where the results do not have a method."""
+    places = [x for x in settings_of(found) if method not in found.scores[x[0]][x[1]]]
+    if len(places) == len(settings_of(found)):
+        return " (anywhere)"
+    return f" ({', '.join(f'{task}: {setting}' for task, setting in places)})" if places else ""
