@@ -1,6 +1,7 @@
 """How Sphinx builds the documentation: `python -m sphinx -W -b html docs docs/_build`."""
 
 import os
+import sys
 from pathlib import Path
 
 import optclip
@@ -8,6 +9,7 @@ import optclip
 # Kernels of the pages start in the folder of their page: they find these wherever that is.
 _here = Path(__file__).parent
 _paths = [str(_here / "_support"), str(Path(optclip.__file__).parents[1])]
+sys.path.insert(0, _paths[0])
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*_paths, os.environ.get("PYTHONPATH")]))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -81,7 +83,14 @@ def _returns_have_no_type(app, what, name, obj, options, lines):
             return
 
 
+def _list_what_there_is(app, page, source):
+    import listing
+
+    source[0] = listing.filled(source[0])
+
+
 def setup(app):
     """What Sphinx calls when it has read this file."""
+    app.connect("source-read", _list_what_there_is)
     app.connect("autodoc-process-docstring", _returns_have_no_type, priority=400)
     app.connect("config-inited", _keep_caches_in_the_output)

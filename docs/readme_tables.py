@@ -7,19 +7,19 @@ python docs/readme_tables.py --check    exit with 1 if README.md says anything e
 import argparse
 import re
 import sys
-import tomllib
-from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from optclip import catalogue
 
-ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
-WORDS = ROOT / "docs/data/readme.toml"
+README = Path(__file__).parents[1] / "README.md"
+
+COLUMNS = ("method", "what it does", "like")
+
+OF_LEARNING = ("learn_from", "patience")
+"""Arguments of which README.md speaks once for all."""
 
 _PLACE = re.compile(
-    r"(?P<begin><!-- methods: (?P<group>\w+)[^>]*-->\n).*?(?P<end><!-- end -->)", re.DOTALL
+    r"(?P<begin><!-- methods: (?P<family>\w+)[^>]*-->\n).*?(?P<end><!-- end -->)", re.DOTALL
 )
 
 
@@ -27,60 +27,36 @@ def written(readme: str) -> str:
     """README.md with its tables as they should be.
 
     Args:
-        readme: The text as it is, with a pair of comments around each table.
-
-    Returns:
-        The text with new tables.
+        readme: The text as it is, with a pair of comments around the table of each family.
 
     Raises:
-        ValueError: If a method or a group is missing, in the words or in the text, or unknown.
+        ValueError: If the text has no place for a family, or one for something else.
     """
-    groups = tomllib.loads(WORDS.read_text(encoding="utf-8"))
-    named = [name for group in groups.values() for name in group["methods"]]
-    known = [method.name for method in catalogue.methods()]
-    if sorted(named) != sorted(known):
-        odd = sorted(set(named) ^ set(known)) or "one of them twice"
-        raise ValueError(f"{WORDS.name} must name every method once; look at {odd}")
-    places = [place["group"] for place in _PLACE.finditer(readme)]
-    if sorted(places) != sorted(groups):
-        raise ValueError(f"README.md has places for {places}, {WORDS.name} has {list(groups)}")
-    return _PLACE.sub(
-        lambda place: place["begin"] + _table(groups[place["group"]]) + place["end"], readme
-    )
+    places = [place["family"] for place in _PLACE.finditer(readme)]
+    if sorted(places) != sorted(catalogue.FAMILIES):
+        raise ValueError(f"README.md has places for {places}, there are {list(catalogue.FAMILIES)}")
+    return _PLACE.sub(lambda place: place["begin"] + _table(place["family"]) + place["end"], readme)
 
 
-def _table(group: dict[str, Any]) -> str:
-    columns = group["columns"]
-    hidden = {x.name for x in catalogue.plumbing(catalogue.methods())} | set(
-        group.get("hidden", ())
-    )
-    rows = [columns, ["---"] * len(columns)]
-    for name, words in group["methods"].items():
-        method = catalogue.named(name)
-        cells = [f"[`{_call(method, hidden)}`]({_page(name)})", words["bounds"]]
-        if len(columns) > 2:
-            papers = method.papers if words.get("papers", True) else ()
-            cited = [f"[{paper.authors} {paper.year}]({paper.url})" for paper in papers]
-            cells.append("; ".join([*filter(None, [words.get("like")]), *cited]))
-        rows.append(cells)
+def _table(family: str) -> str:
+    rows = [COLUMNS, ("---",) * len(COLUMNS)]
+    for method in catalogue.methods():
+        if method.family == family:
+            cited = [f"[{paper.authors} {paper.year}]({paper.url})" for paper in method.papers]
+            like = "; ".join(filter(None, [method.like, *cited]))
+            page = f"docs/methods/{family}.md"
+            rows.append((f"[`{_call(method)}`]({page})", method.summary.rstrip("."), like))
     lines = ("| " + " | ".join(cells) + " |" for cells in rows)
     return "\n".join(line.replace("|  |", "| |").replace(" --- ", "---") for line in lines) + "\n"
 
 
-def _call(method: catalogue.Method, hidden: Collection[str]) -> str:
+def _call(method: catalogue.Method) -> str:
+    hidden = {x.name for x in catalogue.plumbing(catalogue.methods())}
+    hidden |= set() if method.wraps else {*OF_LEARNING}
     shown = [x for x in method.arguments if x.name not in hidden]
     named = [str(x) for x in shown if x.keyword_only]
     positional = [str(x) for x in shown if not x.keyword_only]
     return f"{method.name}({', '.join([*positional, *(['*', *named] if named else [])])})"
-
-
-def _page(name: str) -> str:
-    """The page with the section of a method."""
-    directive = f"autofunction:: optclip.{name}\n"
-    for page in sorted((ROOT / "docs/methods").glob("*.md")):
-        if directive in page.read_text(encoding="utf-8"):
-            return page.relative_to(ROOT).as_posix()
-    raise ValueError(f"no page of docs/methods has the directive {directive.strip()!r}")
 
 
 def main() -> None:

@@ -35,6 +35,14 @@ _LATEX = (
 )
 """What stands for what, in this order."""
 
+FAMILIES = {
+    "fixed": "Fixed thresholds",
+    "learned": "Learned thresholds",
+    "relative": "Relative to the parameters",
+    "wrappers": "Wrappers",
+}
+"""Kinds of methods and their titles: each has a page in docs/methods/ and a table in README.md."""
+
 
 class Argument(NamedTuple):
     """An argument of a method.
@@ -100,6 +108,32 @@ class Method(NamedTuple):
     def wraps(self) -> bool:
         """Whether it holds the optimizer, and is not chained with it."""
         return bool(self.arguments) and self.arguments[0].name == "inner"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The arguments without a default, but for the optimizer that it wraps."""
+        return tuple(x.name for x in self.arguments if x.default is None and x.name != "inner")
+
+    @property
+    def follows(self) -> bool:
+        """Whether it bounds the update, and stands after the optimizer: its docstring says so."""
+        return bool(re.search(r"\b[Ff]or after the optimizer[.:]", self.document))
+
+    @property
+    def like(self) -> str:
+        """What other libraries call it: what its docstring has in a line "Like ...."."""
+        found = re.search(r"^Like (.+)\.$", self.document, re.MULTILINE)
+        return found[1] if found else ""
+
+    @property
+    def family(self) -> str:
+        """One of `FAMILIES`: as the file with the method is called, or from what it asks for."""
+        file = getattr(optclip, self.name).__module__.rpartition(".")[-1]
+        if self.wraps or file in FAMILIES:
+            return "wrappers" if self.wraps else file
+        if "`update` gets no `params`" in self.document:
+            return "relative"
+        return "fixed" if self.needs else "learned"
 
     @property
     def call(self) -> str:

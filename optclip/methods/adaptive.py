@@ -85,7 +85,7 @@ def clip_by_quantile(
     nonfinite: Nonfinite = "propagate",
     detail: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips to a quantile of the norms that is tracked with one number.
+    r"""Clips the whole gradient to a quantile of its norms that is tracked with one number.
 
     .. math:: u \leftarrow u \, \min(1, c / \|u\|), \quad
         c \leftarrow c \, e^{-\eta (\mathbf{1}[\|u\| \le c] - q)}
@@ -293,12 +293,14 @@ def clip_by_window(
     nonfinite: Nonfinite = "propagate",
     detail: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips to the mean of the last norms plus some standard deviations.
+    r"""Clips the whole gradient to the mean of its last norms plus some standard deviations.
 
     .. math:: u \leftarrow u \, \min(1, c / \|u\|), \quad c = \mathrm{mean} + k \, \mathrm{std}
 
-    over the last norms before this step. Nothing is clipped before half of the window is filled.
-    The deviation counts as 1e-6 of the mean where it is smaller.
+    Like the trainer Levanter.
+
+    The norms are the last ones before this step. Nothing is clipped before half of the window is
+    filled. The deviation counts as 1e-6 of the mean where it is smaller.
 
     Known weakness (`python -m benchmarks.dynamics`): one spike of 100 raises the threshold 17-fold
     for a window, so the second of two spikes 20 steps apart passes in full, and of a burst of 20
@@ -351,7 +353,7 @@ def clip_by_moving_average(
     nonfinite: Nonfinite = "propagate",
     detail: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips to a multiple of the moving average of the norms.
+    r"""Clips the whole gradient to a multiple of the moving average of its norms.
 
     .. math:: u \leftarrow u \, \min(1, k m / \|u\|), \quad
         m \leftarrow \beta m + (1 - \beta) \|u\| \text{ of the clipped } u

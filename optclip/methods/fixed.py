@@ -24,9 +24,11 @@ def clip_by_value(
 
     .. math:: u_i \leftarrow \max(-\delta, \min(u_i, \delta))
 
+    Like `optax.clip`, Keras' `clipvalue`.
+
     A norm clip keeps the direction of the gradient and shortens it; this one cuts the large
-    entries and keeps the small ones. `optax.clip` under the name of what it does. Complex entries
-    are limited in modulus and keep their phase (`optax.clip` refuses them).
+    entries and keeps the small ones. Complex entries are limited in modulus and keep their phase
+    (`optax.clip` refuses them).
 
     Args:
         max_delta: Largest modulus of an entry, in units of the gradient; a number, traced scalar
@@ -75,8 +77,10 @@ def clip_by_global_norm(
 
     .. math:: u \leftarrow u \, \min(1, c / \|u\|)
 
-    The direction is kept, and below the threshold nothing changes, bit for bit. A drop-in for
-    `optax.clip_by_global_norm`, with the norm in float32 whatever the dtype of the gradient.
+    Like `optax.clip_by_global_norm`, `torch.nn.utils.clip_grad_norm_`.
+
+    The direction is kept, and below the threshold nothing changes, bit for bit. The norm is in
+    float32 or wider, whatever the dtype of the gradient.
 
     Args:
         max_norm: c, the largest norm, in units of the gradient's norm; a number, traced scalar or
@@ -130,8 +134,10 @@ def clip_by_leaf_norm(
 
     .. math:: u_l \leftarrow u_l \, \min(1, c / \|u_l\|) \quad \text{for each leaf } l
 
-    What Keras calls `clipnorm`. One large layer no longer shrinks the others, and the direction
-    of the gradient as a whole changes.
+    Like Keras' `clipnorm`.
+
+    One large layer no longer shrinks the others, and the direction of the gradient as a whole
+    changes.
 
     Args:
         max_norm: c, the largest norm of a leaf, in units of the gradient's norm; a number, traced
@@ -245,8 +251,9 @@ def clip_by_block_rms(
 
     .. math:: u_l \leftarrow u_l / \max(1, \mathrm{RMS}(u_l) / d) \quad \text{for each leaf } l
 
+    Like `optax.clip_by_block_rms`.
+
     Adafactor's update clip: meant for after the optimizer's scaling, where an entry is about 1.
-    A drop-in for `optax.clip_by_block_rms`.
 
     Args:
         threshold: d, the largest root mean square of a leaf, in units of its entries; a number,

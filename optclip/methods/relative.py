@@ -24,10 +24,11 @@ def adaptive_grad_clip(
     .. math:: u_i \leftarrow u_i \, \min\left(1,
         \lambda \max(\|w_i\|, \epsilon) / \|u_i\|\right) \quad \text{for each unit } i
 
-    A unit is the weights into one output. A drop-in for `optax.adaptive_grad_clip`, whose axes
-    fit dense layers and convolutions; for embeddings, stacked layers, attention and
-    mixture-of-experts kernels let `axis` be a function. The paper leaves the last layer unclipped:
-    answer None for it.
+    Like `optax.adaptive_grad_clip`.
+
+    A unit is the weights into one output. The default axes are Optax's, and fit dense layers and
+    convolutions; for embeddings, stacked layers, attention and mixture-of-experts kernels let
+    `axis` be a function. The paper leaves the last layer unclipped: answer None for it.
 
     Args:
         clipping: lambda, the largest ratio of the gradient's norm to the weights'; a number,
