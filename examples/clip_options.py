@@ -15,9 +15,9 @@ import jax
 import optax
 
 import optclip
+from optclip import catalogue
 
 DEFAULT_CLIP_ARGS = {"clip_by_global_norm": {"max_norm": 1.0}}
-AFTER_OPTIMIZER = ("clip_by_param_norm", "clippy")  # they bound the step, not the gradient
 
 
 class UsageError(Exception):
@@ -65,14 +65,7 @@ def add_clip_options(parser: Parser) -> None:
 
 def clip_methods() -> dict[str, Callable[..., Any]]:
     """Every public clip of optclip by name: the transformations and the wrappers."""
-    names = [n for n in optclip.__all__ if n.islower() and n not in ("clip_by", "metrics")]
-    public = {name: getattr(optclip, name) for name in names}
-    return {name: value for name, value in public.items() if callable(value)}
-
-
-def wraps_optimizer(method: Callable[..., Any]) -> bool:
-    """Whether a method holds the optimizer, as `safeguard(inner)`, and is not chained with it."""
-    return next(iter(inspect.signature(method).parameters), "") == "inner"
+    return {method.name: getattr(optclip, method.name) for method in catalogue.methods()}
 
 
 def with_clip(
@@ -91,9 +84,10 @@ def with_clip(
     if isinstance(args.get("labels"), dict):  # layers that it does not name are left alone
         layers = args["labels"]
         args["labels"] = lambda path: layers.get(path.split("/")[0])
-    if wraps_optimizer(method):
+    known = catalogue.named(clip)
+    if known.wraps:
         return method(optimizer, **args)
-    if clip in AFTER_OPTIMIZER:
+    if known.follows:
         return optax.chain(optimizer, method(**args))
     return optax.chain(method(**args), optimizer)
 
@@ -124,7 +118,7 @@ def clip_args(clip: str, texts: list[str]) -> dict[str, Any]:
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise UsageError(f"unknown --clip {clip!r}{hint}; choose from none, {', '.join(methods)}")
     parameters = dict(inspect.signature(methods[clip]).parameters)
-    if wraps_optimizer(methods[clip]):
+    if catalogue.named(clip).wraps:
         parameters.pop("inner")  # the optimizer, which --optimizer names
     unknown = [name for name in given if name not in parameters]
     if unknown:

@@ -8,9 +8,10 @@ floor: the least that a clip by the global norm can be. Float32 squares of the g
     passes. It is no usable clip: it keeps no state, and overflows at entries of 1e19.
 optax.*: Optax's method of the same meaning.
 
-Methods come from `optclip.catalogue`, so that none is forgotten, with their defaults: what people
-run. Where there is no default, `ARGUMENTS` has a value at which the random gradient (entries of
-about 0.01) is clipped. Wrappers hold the optimizer; bounds on the update stand behind it.
+Methods come from `optclip.catalogue`, with their defaults: what people run. Where there is no
+default, `ARGUMENTS` has a value at which the random gradient (entries of about 0.01) is clipped; a
+method without either is not timed. Wrappers hold the optimizer; bounds on the update stand behind
+it.
 """
 
 from collections.abc import Callable
@@ -40,9 +41,6 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "smooth_clip": {"max_norm": 1.0},
 }
 """Arguments that have no default. Leaves whose names end alike are a group: at most ten."""
-
-FOR_UPDATES = ("clip_by_param_norm", "clippy")
-"""Methods that stand after the optimizer."""
 
 COUNTERPARTS = {
     "adaptive_grad_clip": "optax.adaptive_grad_clip",
@@ -89,8 +87,8 @@ def floor(max_norm: float) -> Optimizer:
 
 
 def methods() -> list[Contender]:
-    """All methods of optclip."""
-    return [_of_method(method) for method in catalogue.methods()]
+    """All methods of optclip whose arguments are known."""
+    return [_of_method(method) for method in catalogue.methods() if _is_known(method)]
 
 
 def references() -> list[Contender]:
@@ -119,11 +117,14 @@ def chosen(names: list[str] | None) -> list[Contender]:
         ValueError: If there is no contender of a name.
     """
     everyone = known()
+    untimed = {x.name: ", ".join(x.needs) for x in catalogue.methods() if not _is_known(x)}
     if names is None:
         return list(everyone.values())
     wanted = {SGD, FLOOR, GLOBAL}
     for name in names:
         name = name.strip().removeprefix("optclip.")
+        if name in untimed:
+            raise ValueError(f"{name} needs {untimed[name]}: add it to ARGUMENTS in {__name__}")
         if name not in everyone:
             raise ValueError(f"there is no method {name!r}; {hint(name, everyone)}")
         wanted |= {name, everyone[name].counterpart or name}
@@ -131,17 +132,16 @@ def chosen(names: list[str] | None) -> list[Contender]:
     return [contender for name, contender in everyone.items() if name in wanted]
 
 
+def _is_known(method: catalogue.Method) -> bool:
+    return set(method.needs) <= ARGUMENTS.get(method.name, {}).keys()
+
+
 def _of_method(method: catalogue.Method) -> Contender:
     name, function = method.name, getattr(optclip, method.name)
     arguments = ARGUMENTS.get(name, {})
     if method.wraps:
         return Contender(name, lambda optimizer: function(optimizer, **arguments))
-    missing = {x.name for x in method.arguments if x.default is None} - set(arguments)
-    if missing:
-        raise ValueError(
-            f"{name} needs {', '.join(sorted(missing))}: add it to ARGUMENTS in {__name__}"
-        )
-    place = _after if name in FOR_UPDATES else _before
+    place = _after if method.follows else _before
     return Contender(name, place(function(**arguments)), COUNTERPARTS.get(name))
 
 

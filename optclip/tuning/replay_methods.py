@@ -1,5 +1,6 @@
 """Which methods can be replayed on recorded norms, which cannot and why, and how one is driven."""
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,25 +10,14 @@ import numpy as np
 import optax
 
 import optclip
+from optclip import catalogue
 from optclip.clipping import NO_PARAMS_MSG
 from optclip.tuning import statistics, suggestion_text
 from optclip.tuning.records import Record
 from optclip.tuning.wording import Unusable, number
 
-LEARNED = (
-    "robust_clip",
-    "zclip",
-    "autoclip",
-    "clip_by_quantile",
-    "clip_by_window",
-    "clip_by_moving_average",
-    "adagc",
-    "skip_spikes",
-)
-"""What is replayed where nothing else is asked for: all that learn a threshold from norms."""
-
-BY_LEAF = ("adagc",)
-"""Those of them that take the norm of each leaf."""
+FIXED = "clip_by_global_norm"
+"""What stands beside the methods that learn, with the threshold that was suggested."""
 
 NO_LEAVES = (
     "takes the norm of each leaf, and none were recorded; record a run with "
@@ -39,26 +29,6 @@ LEAST, MOST = 1e-30, 1e30
 
 NEARLY, WITHIN = 0.95, 0.01
 """At this share of the steps the norms of the leaves have to make up the norm, to so much of it."""
-
-NOT_REPLAYABLE = {
-    "adaptive_grad_clip": "takes the norms of the parameters and of single units",
-    "clip_by_block_rms": "takes the root mean square of each leaf",
-    "clip_by_param_norm": "takes the norms of the parameters and of the update",
-    "clip_by_value": "takes single entries of the gradient",
-    "clippy": "takes single entries of the parameters and of the update",
-    "measure_norms": "clips nothing",
-    "safeguard": "takes the norm of the parameters; its clip before the optimizer is robust_clip",
-    "spam_clip": "takes single entries of the gradient",
-}
-"""Why a method cannot be replayed from norms alone."""
-
-NEEDS_A_NUMBER = {
-    "clip_by_global_norm": "optclip.clip_by_global_norm(1.0)",
-    "clip_by_group_norm": "optclip.clip_by_group_norm(1.0, labels)",
-    "clip_by_leaf_norm": "optclip.clip_by_leaf_norm(1.0)",
-    "smooth_clip": "optclip.smooth_clip(1.0)",
-}
-"""Methods without a default for their threshold."""
 
 
 class Chosen(NamedTuple):
@@ -119,43 +89,66 @@ def choose(methods: Any, record: Record, threshold: float) -> Chosen:
         return _of_mapping(methods, record)
     if methods is None:
         fixed = optclip.clip_by_global_norm(threshold)
-        chosen = _of_names(LEARNED, record)
-        first = {f"clip_by_global_norm({threshold:.3g})": (fixed, False)}
-        missing = {
-            name: f"has no default for its threshold; pass {{'mine': {code}}}"
-            for name, code in NEEDS_A_NUMBER.items()
-            if name != "clip_by_global_norm"
-        }
-        why = chosen.not_replayed | NOT_REPLAYABLE | missing
-        return Chosen(first | chosen.methods, dict(sorted(why.items())))
+        chosen = _of_names((x.name for x in catalogue.methods()), record)
+        why = {name: x for name, x in chosen.not_replayed.items() if name != FIXED}
+        return Chosen({f"{FIXED}({threshold:.3g})": (fixed, False)} | chosen.methods, why)
     if isinstance(methods, str) or not isinstance(methods, Iterable):
         raise Unusable(
             f"methods must be a list of names or a mapping from name to transformation, got "
             f"{methods!r}; pass ['robust_clip', 'zclip'], or leave it out for all"
         )
-    return _of_names(methods, record)
+    return _named_methods(methods, record)
 
 
-def _of_names(names: Iterable[Any], record: Record) -> Chosen:
-    chosen = Chosen({}, {})
-    for name in names:
-        if name in NEEDS_A_NUMBER:
-            code = NEEDS_A_NUMBER[name]
-            raise Unusable(f"{name} has no default for its threshold; pass {{'mine': {code}}}")
-        if name in NOT_REPLAYABLE:
-            chosen.not_replayed[name] = NOT_REPLAYABLE[name]
-        elif name in BY_LEAF and (why := _without_leaves(record)):
-            chosen.not_replayed[name] = why
-        elif name == "skip_spikes":
-            chosen.methods[name] = (optclip.skip_spikes(optax.identity()), False)
-        elif name in LEARNED:
-            chosen.methods[name] = (getattr(optclip, name)(), name in BY_LEAF)
-        else:
+def _named_methods(names: Iterable[Any], record: Record) -> Chosen:
+    known = [method.name for method in catalogue.methods()]
+    listed = list(names)
+    for name in listed:
+        if name not in known:
+            learned = [x for x in known if isinstance(_by_leaf(x), bool)]
             raise Unusable(
-                f"no method to replay is called {name!r}; there are {', '.join(LEARNED)}, and any "
+                f"no method to replay is called {name!r}; there are {', '.join(learned)}, and any "
                 "transformation in a mapping: {'mine': optclip.robust_clip(3.0)}"
             )
+        method = catalogue.named(name)
+        if method.needs and method.family != "relative":
+            raise Unusable(f"{name} {_by_leaf(name)}")
+    return _of_names(listed, record)
+
+
+def _of_names(names: Iterable[str], record: Record) -> Chosen:
+    chosen = Chosen({}, {})
+    for name in names:
+        by_leaf = _by_leaf(name)
+        if isinstance(by_leaf, str):
+            chosen.not_replayed[name] = by_leaf
+        elif by_leaf and (why := _without_leaves(record)):
+            chosen.not_replayed[name] = why
+        else:
+            chosen.methods[name] = (_with_defaults(catalogue.named(name)), by_leaf)
     return chosen
+
+
+@functools.cache
+def _by_leaf(name: str) -> bool | str:
+    """Whether a method takes the norm of each leaf; or why it is not replayed with its defaults."""
+    method = catalogue.named(name)
+    if method.family == "relative":
+        return "takes the parameters, which were not recorded"
+    if method.needs:
+        arguments = ", ".join("labels" if x == "labels" else "1.0" for x in method.needs)
+        return (
+            f"has no default for {' and '.join(method.needs)}; "
+            f"pass {{'mine': optclip.{name}({arguments})}}"
+        )
+    if method.family == "fixed":
+        return "learns no threshold"
+    return _takes_leaves(_with_defaults(method), ())
+
+
+def _with_defaults(method: catalogue.Method) -> optax.GradientTransformation:
+    function = getattr(optclip, method.name)
+    return function(optax.identity()) if method.wraps else function()
 
 
 def _without_leaves(record: Record) -> str | None:
@@ -187,7 +180,7 @@ def _of_mapping(methods: Mapping[str, Any], record: Record) -> Chosen:
                 f"methods[{name!r}] must be a transformation, such as optclip.robust_clip(), got "
                 f"{transform!r}"
             )
-        by_leaf = _takes_leaves(transform, record)
+        by_leaf = _takes_leaves(transform, record.leaf_norms)
         if isinstance(by_leaf, str):
             chosen.not_replayed[name] = by_leaf
         elif by_leaf and (why := _without_leaves(record)):
@@ -197,12 +190,12 @@ def _of_mapping(methods: Mapping[str, Any], record: Record) -> Chosen:
     return chosen
 
 
-def _takes_leaves(transform: Any, record: Record) -> bool | str:
+def _takes_leaves(transform: Any, leaves: Iterable[str]) -> bool | str:
     """Whether a transformation takes the norm of each leaf; or why it cannot be replayed.
 
     It is tried out on two leaves whose norms are known: what it reads tells what it measures.
     """
-    paths = list(dict.fromkeys((*record.leaf_norms, "a", "b")))[:2]
+    paths = list(dict.fromkeys((*leaves, "a", "b")))[:2]
     entries = (jnp.array([3e15, 4e15]), jnp.array([12e14, 0.0]))
     gradient = dict(zip(paths, entries, strict=True))
     try:

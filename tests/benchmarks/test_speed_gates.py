@@ -8,7 +8,6 @@ import pytest
 from benchmarks.speed import contenders, gates, judging, machine, race
 from benchmarks.speed.command import main
 from benchmarks.speed.gates import Gate
-from optclip import catalogue
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +18,7 @@ def little_memory(monkeypatch):
 
 def test_the_file_binds_every_method_and_names_what_there_is():
     listed = gates.load(gates.FILE)
-    methods = {method.name for method in catalogue.methods()}
+    methods = {contender.name for contender in contenders.methods()}
     for dtype in gates.DTYPES:
         of = [x for x in listed if x.dtype == dtype]
         memory = {name for x in of if x.measure == "temporary memory" for name in x.contenders}

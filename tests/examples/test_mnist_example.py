@@ -282,11 +282,12 @@ def test_every_public_clip_can_be_named(example):
 def test_where_the_clip_goes(example, monkeypatch):
     calls = []
 
-    def hold(inner, *, deviations=2.0):
+    def hold(inner, *, deviations=2.0) -> optax.GradientTransformationExtraArgs:
         calls.append((inner, deviations))
         return inner
 
-    def clippy(relative=0.1):
+    def clippy(relative=0.1) -> optax.GradientTransformationExtraArgs:
+        """For after the optimizer."""
         return optax.scale(relative)
 
     monkeypatch.setattr(optclip, "hold", hold, raising=False)
