@@ -9,29 +9,10 @@ runs these four steps; a named method is a composition of `norms`, `scopes`, `th
 `limiters`. `metrics` reads what a clip did from any optimizer state.
 """
 
-from optclip import histograms, limiters, norms, scopes, thresholds
+from optclip import histograms, limiters, methods, norms, scopes, thresholds
 from optclip.clipping import clip_by
 from optclip.guarding import safeguard
-from optclip.methods import (
-    adagc,
-    adaptive_grad_clip,
-    autoclip,
-    clip_by_block_rms,
-    clip_by_global_norm,
-    clip_by_group_norm,
-    clip_by_leaf_norm,
-    clip_by_moving_average,
-    clip_by_param_norm,
-    clip_by_quantile,
-    clip_by_value,
-    clip_by_window,
-    clippy,
-    measure_norms,
-    robust_clip,
-    smooth_clip,
-    spam_clip,
-    zclip,
-)
+from optclip.methods import *  # noqa: F403 - they are listed there, once
 from optclip.readings import metrics
 from optclip.skipping import skip_spikes
 from optclip.state import ClipState
@@ -40,31 +21,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ClipState",
-    "adagc",
-    "adaptive_grad_clip",
-    "autoclip",
     "clip_by",
-    "clip_by_block_rms",
-    "clip_by_global_norm",
-    "clip_by_group_norm",
-    "clip_by_leaf_norm",
-    "clip_by_moving_average",
-    "clip_by_param_norm",
-    "clip_by_quantile",
-    "clip_by_value",
-    "clip_by_window",
-    "clippy",
     "histograms",
     "limiters",
-    "measure_norms",
     "metrics",
     "norms",
-    "robust_clip",
     "safeguard",
     "scopes",
     "skip_spikes",
-    "smooth_clip",
-    "spam_clip",
     "thresholds",
-    "zclip",
 ]
+__all__ += methods.__all__

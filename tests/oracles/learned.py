@@ -252,3 +252,14 @@ class Robust:
             self.m = log
         self.count += 1
         return threshold, applied
+
+
+OF_THE_NORM = {
+    "autoclip": AutoClip,
+    "clip_by_moving_average": MovingAverage,
+    "clip_by_quantile": OnlineQuantile,
+    "clip_by_window": MeanOverWindow,
+    "robust_clip": Robust,
+    "zclip": ZClip,
+}
+"""The methods that learn from the norm of the whole gradient."""

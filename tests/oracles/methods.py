@@ -116,24 +116,19 @@ def learning(learner: Callable[..., Any], wrap: Callable[[Any], Clip] = Learned)
 
 
 ORACLES: dict[str, Callable[..., Clip]] = {
+    **{name: learning(learner) for name, learner in learned.OF_THE_NORM.items()},
     "adagc": learning(learned.AdaGC, LearnedByLeaf),
     "adaptive_grad_clip": adaptive_grad_clip,
-    "autoclip": learning(learned.AutoClip),
     "clip_by_block_rms": clip_by_block_rms,
     "clip_by_global_norm": clip_by_global_norm,
     "clip_by_group_norm": clip_by_group_norm,
     "clip_by_leaf_norm": clip_by_leaf_norm,
-    "clip_by_moving_average": learning(learned.MovingAverage),
     "clip_by_param_norm": clip_by_param_norm,
-    "clip_by_quantile": learning(learned.OnlineQuantile),
     "clip_by_value": clip_by_value,
-    "clip_by_window": learning(learned.MeanOverWindow),
     "clippy": Clippy,
     "measure_norms": measure_norms,
-    "robust_clip": learning(learned.Robust),
     "smooth_clip": smooth_clip,
     "spam_clip": Spam,
-    "zclip": learning(learned.ZClip),
 }
 
 

@@ -1,0 +1,82 @@
+"""A method that is not in the library: its rule, its function, its entry and its oracle.
+
+`pytest -p helpers.new_method` enters it into the registry before any test is imported, as if it
+were public. CONTRIBUTING.md says where each part goes when a method is to stay.
+"""
+
+from collections import deque
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from oracles import learned
+
+import optclip
+from helpers import registry
+from optclip.thresholds import Rule, windows
+
+
+def median_over_window(multiplier: Any, window: int, name: str = "median_over_window") -> Rule:
+    """A multiple of the median of the last norms before this one."""
+    window = windows.check_count(window, f"{name}(window=...)")
+    windows.check_number(multiplier, f"{name}(multiplier=...)", mend="pass 2.0")
+
+    def init(norms):  # a norm that is yet to come is NaN
+        return jnp.full((window, *norms.shape), jnp.nan, norms.dtype)
+
+    def threshold(memory, step, norms, params):
+        limit = windows.number_at(multiplier, step.count, norms) * jnp.nanmedian(memory, axis=0)
+        return jnp.where(jnp.isnan(limit), jnp.inf, limit)
+
+    def observe(memory, step, norms, clipped_norms):
+        return jnp.concatenate([memory[1:], jnp.expand_dims(norms, 0)])
+
+    return Rule(init, threshold, observe, has_memory=True)
+
+
+def clip_by_median(
+    multiplier: Any = 2.0,
+    window: int = 32,
+    *,
+    axis_name: Any = None,
+    sharded: Any = None,
+    nonfinite: Any = "propagate",
+    detail: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips the whole gradient to a multiple of the median of its last norms."""
+    return optclip.clip_by(
+        median_over_window(multiplier, window, "clip_by_median"),
+        axis_name=axis_name,
+        sharded=sharded,
+        nonfinite=nonfinite,
+        detail=detail,
+    )
+
+
+class Median(learned.Learner):
+    """k times the median of the last norms before this one."""
+
+    def __init__(self, multiplier=2.0, window=32):
+        super().__init__("raw")
+        self.multiplier, self.norms = multiplier, deque(maxlen=window)
+
+    def threshold(self, norm):
+        return self.multiplier * float(np.median(self.norms)) if self.norms else np.inf
+
+    def learn(self, norm):
+        self.norms.append(norm)
+
+
+def pytest_configure() -> None:
+    optclip.clip_by_median = clip_by_median  # pyright: ignore
+    optclip.__all__.append("clip_by_median")
+    learned.OF_THE_NORM["clip_by_median"] = Median
+    registry.METHODS += (
+        registry.Method(
+            clip_by_median,
+            {"multiplier": 2.0, "window": 32},
+            traced=("multiplier",),
+            has_memory=True,
+        ),
+    )
