@@ -125,7 +125,16 @@ def robusts() -> Iterator[Case]:
     yield from (case(*numbers, learn_from=source) for source in SOURCES)
 
 
+def others(cases: list[Case]) -> Iterator[Case]:
+    """Every other method that learns from the norm, with its defaults."""
+    have = {case.clip.__name__ for case in cases}
+    for name, learner in learned.OF_THE_NORM.items():
+        if name not in have:
+            yield Case(getattr(optclip, name), learner)
+
+
 CASES = [*autoclips(), *quantiles(), *zclips(), *windows(), *averages(), *robusts()]
+CASES += others(CASES)
 RUNS = [pytest.param(case, x, id=f"{case}-{x}") for case in CASES for x in case.streams]
 
 
