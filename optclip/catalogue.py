@@ -160,7 +160,7 @@ def named(name: str, only_methods: bool = False) -> Method:
     Raises:
         ValueError: If there is none of this name.
     """
-    known = [x.name for x in methods()] if only_methods else list(_functions())
+    known = [x.name for x in methods()] if only_methods else sorted(_functions())
     name = name.strip().removeprefix("optclip.")
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
