@@ -131,7 +131,10 @@ def _of_names(names: Iterable[str], record: Record) -> Chosen:
 
 @functools.cache
 def _by_leaf(name: str) -> bool | str:
-    """Whether a method takes the norm of each leaf; or why it is not replayed with its defaults."""
+    """Whether a method takes the norm of each leaf; or why it is not replayed with its defaults.
+
+    From the shapes of what it remembers: trying all of them out would take longer than the replay.
+    """
     method = catalogue.named(name)
     if method.family == "relative":
         return "takes the parameters, which were not recorded"
@@ -143,7 +146,16 @@ def _by_leaf(name: str) -> bool | str:
         )
     if method.family == "fixed":
         return "learns no threshold"
-    return _takes_leaves(_with_defaults(method), ())
+    transform, entry = _with_defaults(method), jnp.zeros(1)
+    try:
+        jax.eval_shape(lambda x: transform.update(x, transform.init(x)), {"a": entry})
+    except ValueError as error:
+        if str(error) != NO_PARAMS_MSG:
+            raise
+        return "takes the parameters, which were not recorded; pass the clip alone"
+    if _memory_differs(transform, {"a": entry}, {"a": jnp.zeros(2)}):
+        return "takes single entries of the gradient"
+    return _memory_differs(transform, {"a": entry}, {"a": entry, "b": entry})
 
 
 def _with_defaults(method: catalogue.Method) -> optax.GradientTransformation:
@@ -180,7 +192,7 @@ def _of_mapping(methods: Mapping[str, Any], record: Record) -> Chosen:
                 f"methods[{name!r}] must be a transformation, such as optclip.robust_clip(), got "
                 f"{transform!r}"
             )
-        by_leaf = _takes_leaves(transform, record.leaf_norms)
+        by_leaf = _takes_leaves(transform, record)
         if isinstance(by_leaf, str):
             chosen.not_replayed[name] = by_leaf
         elif by_leaf and (why := _without_leaves(record)):
@@ -190,12 +202,12 @@ def _of_mapping(methods: Mapping[str, Any], record: Record) -> Chosen:
     return chosen
 
 
-def _takes_leaves(transform: Any, leaves: Iterable[str]) -> bool | str:
+def _takes_leaves(transform: Any, record: Record) -> bool | str:
     """Whether a transformation takes the norm of each leaf; or why it cannot be replayed.
 
     It is tried out on two leaves whose norms are known: what it reads tells what it measures.
     """
-    paths = list(dict.fromkeys((*leaves, "a", "b")))[:2]
+    paths = list(dict.fromkeys((*record.leaf_norms, "a", "b")))[:2]
     entries = (jnp.array([3e15, 4e15]), jnp.array([12e14, 0.0]))
     gradient = dict(zip(paths, entries, strict=True))
     try:
@@ -213,14 +225,14 @@ def _takes_leaves(transform: Any, leaves: Iterable[str]) -> bool | str:
         return "measures another norm than the 2-norm of the gradient, or of each leaf"
     factor, clipped = _named(read, "factor")[0], _named(read, "clipped_norm")[0]
     together = factor is None or np.isclose(factor * norm, clipped, rtol=1e-4)
-    return not together or _remembers_leaves(transform, gradient)
+    first = dict(list(gradient.items())[:1])
+    return not together or _memory_differs(transform, first, gradient)
 
 
-def _remembers_leaves(transform: Any, gradient: Mapping[str, Any]) -> bool:
-    """Whether what its clips remember depends on how many leaves there are."""
-    one = dict(list(gradient.items())[:1])
-    shapes = [_memory_shapes(jax.eval_shape(transform.init, tree)) for tree in (one, gradient)]
-    return shapes[0] != shapes[1]
+def _memory_differs(transform: Any, *trees: Mapping[str, Any]) -> bool:
+    """Whether what its clips remember has other shapes for one tree than for the other."""
+    one, other = (_memory_shapes(jax.eval_shape(transform.init, tree)) for tree in trees)
+    return one != other
 
 
 def _memory_shapes(state: Any) -> list[tuple[int, ...]]:

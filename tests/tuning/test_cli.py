@@ -268,7 +268,7 @@ def test_tables_fit_their_width(columns, run, monkeypatch):
         ("replay {log} --method zclp", ["no method 'zclp'", "did you mean zclip?"]),
         ("replay {log} --method metrics", ["no method 'metrics'"]),
         ("replay {log} --method clip_by_leaf_norm", ["needs max_norm", "(max_norm=...)'"]),
-        ("replay {log} --method spam_clip", ["cannot be replayed: it measures another norm"]),
+        ("replay {log} --method spam_clip", ["cannot be replayed: it takes single entries"]),
         ("replay {log} --method zclip(z=1)", ["zclip has no argument 'z'; it takes z_threshold, "]),
         ("replay {log} --method zclip(z_treshold=3)", ["did you mean z_threshold?"]),
         ("replay {log} --method zclip(decay=2)", ["got 2"]),
