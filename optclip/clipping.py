@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optclip import changing, limiters, measuring, norms, pieces, planning, scopes, thresholds
+from optclip import _numerics, limiters, norms, scopes, thresholds
+from optclip._checks import check_choice
+from optclip._tree import limit, measure, pieces
+from optclip._tree.layout import Layout, layout_of, shape_of_norms
+from optclip._tree.measure import Norms
 from optclip.limiters import Factor, Limiter
-from optclip.measuring import Norms
 from optclip.norms import Magnitude, Norm
-from optclip.planning import Plan
 from optclip.scopes import Scope
 from optclip.state import (
     ClipState,
@@ -19,13 +21,12 @@ from optclip.state import (
     GroupDetail,
     LeafDetail,
     Outcome,
-    advanced,
-    fresh,
-    kept_unless,
+    init_state,
     step_of,
+    update_state,
+    where_learned,
 )
 from optclip.thresholds import ParameterNorms, Rule
-from optclip.thresholds.checking import check_choice
 from optclip.thresholds.rules import first_memory
 
 Nonfinite = Literal["propagate", "zero"]
@@ -100,21 +101,21 @@ def clip_by(
     by_leaf = scope.one_group or (scope.whole_leaves and scope.labels is None)
     kind_of_detail = LeafDetail if by_leaf else GroupDetail
 
-    def look(updates: Any, scope: Scope = scope) -> Plan:
-        return planning.plan(scope, updates, axis_name, sharded)
+    def look(updates: Any, scope: Scope = scope) -> Layout:
+        return layout_of(scope, updates, axis_name, sharded)
 
     def shape_of(params: Any, scope: Scope) -> tuple[int, ...]:
-        return planning.shape_of_norms(scope, params, axis_name, sharded)
+        return shape_of_norms(scope, params, axis_name, sharded)
 
-    def measure(plan: Plan, *trees: Any) -> list[tuple[Norms, jax.Array | None]]:
+    def measured(layout: Layout, *trees: Any) -> list[tuple[Norms, jax.Array | None]]:
         """The norms of the groups; those of the leaves too where detail of one group is wanted."""
         if not (detail and scope.one_group):
-            return [(found, None) for found in measuring.measure_together(plan, norm, *trees)]
+            return [(found, None) for found in measure.measure_together(layout, norm, *trees)]
         leaves = look(trees[0], scopes.leaf)
         found = []
-        for of_leaves, _ in measuring.measure_together(leaves, norm, *trees):
+        for of_leaves, _ in measure.measure_together(leaves, norm, *trees):
             pooled = norms.pool(norm, of_leaves, leaves.sizes)
-            found.append((Norms(pooled, {0: pooled}), of_leaves.saturated()))
+            found.append((Norms(pooled, {0: pooled}), of_leaves.clamped()))
         return found
 
     def threshold_for(
@@ -122,20 +123,20 @@ def clip_by(
     ) -> jax.Array:
         reference = None
         if of_params is not None:
-            reference = ParameterNorms(_as_kept(of_params.saturated(), state), sizes)
-        shown = _as_kept(found.saturated(), state)
+            reference = ParameterNorms(_as_kept(of_params.clamped(), state), sizes)
+        shown = _as_kept(found.clamped(), state)
         threshold = rule.threshold(state.memory, step_of(state), shown, reference)
         return threshold.astype(found.value.dtype)
 
     def init(params: Any) -> ClipState:
-        dtype = planning.tree_dtype(params)
+        dtype = _numerics.tree_dtype(params)
         shape = shape_of(params, scope) if rule.has_memory else ()
         memory = first_memory(rule, jnp.zeros(shape, dtype))
         groups: Detail | tuple[()] = ()
         if detail:
             shape = shape_of(params, scopes.leaf if scope.one_group else scope)
             groups = kind_of_detail(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-        return fresh(params, memory, groups)
+        return init_state(params, memory, groups)
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -147,17 +148,17 @@ def clip_by(
             if rule.has_memory:
                 raise ValueError(NEEDS_STATE_MSG)
             state = init(updates)
-        plan = look(updates)
+        layout = look(updates)
         with jax.named_scope("optclip/measure"):
             trees = (updates, params) if rule.needs_params else (updates,)
-            (found, leaf_norms), *others = measure(plan, *trees)
+            (found, leaf_norms), *others = measured(layout, *trees)
             of_params = others[0][0] if others else None
-            magnitude, group_norms = found.together, found.together.saturated()
+            magnitude, group_norms = found.together, found.together.clamped()
             finite = jnp.all(jnp.isfinite(magnitude.value))
         with jax.named_scope("optclip/threshold"):
             reference = None if of_params is None else of_params.together
-            asked = threshold_for(state, magnitude, reference, plan.sizes)
-            threshold = jnp.broadcast_to(asked, plan.shape)
+            asked = threshold_for(state, magnitude, reference, layout.sizes)
+            threshold = jnp.broadcast_to(asked, layout.shape)
         with jax.named_scope("optclip/limit"):
             # A step with a non-finite entry is handed on as it is, in every group.
             bound = jnp.where(finite, threshold, jnp.inf)
@@ -170,7 +171,7 @@ def clip_by(
                     own = asked
                     if asked.ndim:
                         of_piece = None if of_params is None else of_params.pieces[start]
-                        own = threshold_for(state, piece, of_piece, plan.size_at(start))
+                        own = threshold_for(state, piece, of_piece, layout.size_at(start))
                     if own.shape not in ((), piece.value.shape):
                         return {}
                     own = jnp.where(finite, own, jnp.inf)
@@ -179,18 +180,18 @@ def clip_by(
                 return factors
 
             if scope.per_entry:
-                share = _share_of_entries(plan, updates, group_norms, bound)
-                updates = changing.clamp(plan, updates, limiter, bound)
+                share = _share_of_entries(layout, updates, group_norms, bound)
+                updates = limit.clamp(layout, updates, limiter, bound)
             else:
-                share = _share_of_groups(plan, group_norms, bound)
-                separate = rule.separable and plan.shape and not plan.axis_names
+                share = _share_of_groups(layout, group_norms, bound)
+                separate = rule.separable and layout.shape and not layout.axis_names
                 factors = factors_by_piece() if separate else {}
                 if not factors:
-                    coarse, fine = (pieces.cut(plan, part) for part in factor)
+                    coarse, fine = (pieces.split(layout, part) for part in factor)
                     factors = {start: Factor(coarse[start], fine[start]) for start in coarse}
-                updates = changing.rescale(plan, updates, factors)
+                updates = limit.rescale(layout, updates, factors)
             if nonfinite == "zero":
-                updates = changing.zeroed_unless(finite, updates)
+                updates = limit.zeroed_unless(finite, updates)
                 factor = Factor(factor.coarse, jnp.where(finite, factor.fine, 0))
         clipped_norms = limiters.clipped_norm(magnitude, factor)
         if nonfinite == "zero":
@@ -199,19 +200,19 @@ def clip_by(
             seen, left = _as_kept(group_norms, state), _as_kept(clipped_norms, state)
             memory = rule.observe(state.memory, step_of(state), seen, left)
             # Neither a non-finite step nor, in its group, a norm of 0 is learned from.
-            memory = kept_unless(finite & (group_norms > 0), memory, state.memory)
+            memory = where_learned(finite & (group_norms > 0), memory, state.memory)
         outcome = Outcome(
             finite=finite,
-            norm=_together(norm, plan, magnitude),
-            clipped_norm=_together(norm, plan, norms.plain(clipped_norms)),
-            threshold=jnp.min(threshold, initial=jnp.inf, where=plan.sizes > 0),
+            norm=_together(norm, layout, magnitude),
+            clipped_norm=_together(norm, layout, norms.plain(clipped_norms)),
+            threshold=jnp.min(threshold, initial=jnp.inf, where=layout.sizes > 0),
             factor=jnp.min(factor.product(), initial=1),
             share=share,
         )
         groups: Detail | tuple[()] = ()
         if detail:
             groups = kind_of_detail(*_details(group_norms, clipped_norms, leaf_norms))
-        return updates, advanced(state, outcome, memory, groups)
+        return updates, update_state(state, outcome, memory, groups)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -259,28 +260,28 @@ def check_nonfinite(nonfinite: Any) -> None:
 
 def _as_kept(x: jax.Array, state: ClipState) -> jax.Array:
     """Norms in the dtype of the state: gradients may be wider than its parameters were."""
-    return norms.narrowed(x, state.norm.dtype)
+    return _numerics.narrowed(x, state.norm.dtype)
 
 
-def _share_of_groups(plan: Plan, group_norms: jax.Array, threshold: jax.Array) -> jax.Array:
-    present = max(int(np.sum(plan.sizes > 0)), 1)  # A label may have no leaf.
+def _share_of_groups(layout: Layout, group_norms: jax.Array, threshold: jax.Array) -> jax.Array:
+    present = max(int(np.sum(layout.sizes > 0)), 1)  # A label may have no leaf.
     return jnp.sum((group_norms > threshold).astype(group_norms.dtype)) / present
 
 
-def _share_of_entries(plan: Plan, updates: Any, peak: jax.Array, bound: jax.Array) -> jax.Array:
+def _share_of_entries(layout: Layout, updates: Any, peak: jax.Array, bound: jax.Array) -> jax.Array:
     # Counting reads the gradient once more, so it is left out where nothing is clipped.
     above = peak > bound
-    return measuring.where_needed(
+    return _numerics.where_needed(
         above,
-        lambda updates: measuring.share_above(plan, updates, bound),
-        lambda updates: 0 * above.astype(plan.dtype),
+        lambda updates: measure.share_above(layout, updates, bound),
+        lambda updates: 0 * above.astype(layout.dtype),
         updates,
     )
 
 
-def _together(norm: Norm, plan: Plan, groups: Magnitude) -> jax.Array:
-    together = groups if plan.shape == () else norms.pool(norm, groups, plan.sizes)
-    return together.saturated()
+def _together(norm: Norm, layout: Layout, groups: Magnitude) -> jax.Array:
+    together = groups if layout.shape == () else norms.pool(norm, groups, layout.sizes)
+    return together.clamped()
 
 
 def _details(

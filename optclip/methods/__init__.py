@@ -1,14 +1,5 @@
 """The named methods: each a composition of a few lines, with its formula, defaults and source."""
 
-from optclip.methods.adaptive import (
-    adagc,
-    autoclip,
-    clip_by_moving_average,
-    clip_by_quantile,
-    clip_by_window,
-    robust_clip,
-    zclip,
-)
 from optclip.methods.clippy import clippy
 from optclip.methods.fixed import (
     clip_by_block_rms,
@@ -19,8 +10,17 @@ from optclip.methods.fixed import (
     measure_norms,
     smooth_clip,
 )
+from optclip.methods.learned import (
+    adagc,
+    autoclip,
+    clip_by_moving_average,
+    clip_by_quantile,
+    clip_by_window,
+    robust_clip,
+    zclip,
+)
 from optclip.methods.relative import adaptive_grad_clip, clip_by_param_norm
-from optclip.methods.spam import spam_clip
+from optclip.methods.spam_clip import spam_clip
 
 __all__ = [
     "adagc",

@@ -9,13 +9,13 @@ Neither a step with a non-finite gradient nor, in its group, a norm of exactly 0
 from: the one says nothing, the other has no scale.
 """
 
-from optclip.thresholds.combining import ceiling, floor, maximum, minimum, switch
-from optclip.thresholds.history import (
+from optclip.thresholds.averages import (
     LearnFrom,
     leaf_average,
     moving_average,
     online_quantile,
 )
+from optclip.thresholds.combinators import ceiling, floor, maximum, minimum, switch
 from optclip.thresholds.outliers import robust, zscore
 from optclip.thresholds.rules import (
     ParameterNorms,

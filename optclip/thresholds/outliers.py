@@ -6,8 +6,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optclip.thresholds.checking import at, check_choice, check_decay, check_number, number_at
-from optclip.thresholds.history import LearnFrom, grown, learning, mixed
+from optclip import _numerics
+from optclip._checks import at, check_choice, check_decay, check_number, number_at
+from optclip.thresholds.averages import LearnFrom, learning
 from optclip.thresholds.rules import Rule
 
 
@@ -97,7 +98,7 @@ def zscore(
             # From the new mean a norm is keep * away. The paper takes the variance about the new
             # mean; a plain one is about both.
             spread = jnp.abs(away) * jnp.where(warming, jnp.sqrt(keep), keep)
-            deviation = mixed(memory.deviation, spread, keep)
+            deviation = _numerics.rms_ema(memory.deviation, spread, keep)
             return Spread(memory.count + 1, mean, deviation)
 
         return Rule(init, threshold, observe, has_memory=True)
@@ -178,7 +179,7 @@ def robust(
         start = 1 - 1 / (memory.count.astype(norms.dtype) + 4)
         keep = jnp.minimum(number_at(decay, step.count, norms), start)
         rise = jnp.minimum((1 - keep) * away, jnp.log1p(number_at(max_rise, step.count, norms)))
-        level = jnp.where(begun, grown(memory.level, rise), learned)
+        level = jnp.where(begun, _numerics.scaled_by_exp(memory.level, rise), learned)
         variance = jnp.where(
             begun, keep * (memory.variance + (1 - keep) * spread_from**2), memory.variance
         )

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optclip.thresholds.checking import at, check_number
+from optclip._checks import at, check_number
 
 Memory = Any
 

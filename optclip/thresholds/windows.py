@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optclip.thresholds.checking import check_count, check_number, number_at
-from optclip.thresholds.history import LearnFrom, learning, seen
+from optclip._checks import check_count, check_number, number_at
+from optclip.thresholds.averages import LearnFrom, feed, learning
 from optclip.thresholds.rules import Rule
 
 
@@ -82,7 +82,7 @@ def mean_over_window(
 
         def observe(memory, step, norms, clipped_norms):
             level = threshold(memory, step, norms, None)
-            return _written(memory, seen(learn_from, norms, clipped_norms, level))
+            return _written(memory, feed(learn_from, norms, clipped_norms, level))
 
         return Rule(lambda norms: _empty(window, norms), threshold, observe, has_memory=True)
 
@@ -127,7 +127,7 @@ def quantile_over_window(
 
         def observe(memory, step, norms, clipped_norms):
             level = threshold(memory, step, norms, None)
-            return _written(memory, seen(learn_from, norms, clipped_norms, level))
+            return _written(memory, feed(learn_from, norms, clipped_norms, level))
 
         return Rule(lambda norms: _empty(window, norms), threshold, observe, has_memory=True)
 

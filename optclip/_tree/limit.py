@@ -7,53 +7,56 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optclip import norms, pieces, planning
+from optclip import _numerics
+from optclip._tree import pieces
+from optclip._tree.layout import GroupedLeaf, Layout
 from optclip.limiters import Factor, Limiter, factor_of
 from optclip.norms import Magnitude
-from optclip.planning import Member, Plan
 
 
-def rescale(plan: Plan, updates: Any, factors: Mapping[int, Factor]) -> Any:
+def rescale(layout: Layout, updates: Any, factors: Mapping[int, Factor]) -> Any:
     """Every leaf times the factor of its groups, in its own dtype.
 
     Args:
-        plan: The plan.
+        layout: The layout.
         updates: The tree.
-        factors: In pieces; see `optclip.pieces`.
+        factors: In pieces; see `optclip._tree.pieces`.
     """
-    coarse = pieces.per_member(plan, {start: factor.coarse for start, factor in factors.items()})
-    fine = pieces.per_member(plan, {start: factor.fine for start, factor in factors.items()})
-    own = {member.index: both for member, *both in zip(plan.members, coarse, fine, strict=True)}
+    coarse = pieces.for_each_leaf(
+        layout, {start: factor.coarse for start, factor in factors.items()}
+    )
+    fine = pieces.for_each_leaf(layout, {start: factor.fine for start, factor in factors.items()})
+    own = {member.index: both for member, *both in zip(layout.members, coarse, fine, strict=True)}
 
-    def scaled(member: Member, x: jax.Array) -> jax.Array:
+    def scaled(member: GroupedLeaf, x: jax.Array) -> jax.Array:
         coarse, fine = own[member.index]
-        if x.dtype != norms.wide_dtype(x):
+        if x.dtype != _numerics.wide_dtype(x):
             # As in `norms.read`: this cast is not to be shared. Another barrier than there.
             x, coarse, fine = lax.optimization_barrier((x, coarse, fine))
-        return norms.scaled(norms.scaled(norms.widened(x), coarse), fine)
+        return _numerics.scaled(_numerics.scaled(_numerics.widened(x), coarse), fine)
 
-    return _mapped(plan, updates, scaled)
+    return _mapped(layout, updates, scaled)
 
 
-def clamp(plan: Plan, updates: Any, limiter: Limiter, threshold: jax.Array) -> Any:
+def clamp(layout: Layout, updates: Any, limiter: Limiter, threshold: jax.Array) -> Any:
     """Every entry limited by itself; a complex one in modulus, keeping its phase."""
 
-    def clamped(member: Member, x: jax.Array) -> jax.Array:
+    def clamped(member: GroupedLeaf, x: jax.Array) -> jax.Array:
         x, bound = lax.optimization_barrier((x, threshold))
-        wide, bound = norms.widened(x), bound.astype(norms.accumulator(x.dtype))
+        wide, bound = _numerics.widened(x), bound.astype(_numerics.accumulator(x.dtype))
         if limiter.entry is not None and not jnp.iscomplexobj(x):
             return limiter.entry(wide, bound)
         factor = entry_factor(limiter, wide, bound)
-        return norms.scaled(norms.scaled(wide, factor.coarse), factor.fine)
+        return _numerics.scaled(_numerics.scaled(wide, factor.coarse), factor.fine)
 
-    return _mapped(plan, updates, clamped)
+    return _mapped(layout, updates, clamped)
 
 
 def entry_factor(limiter: Limiter, wide: jax.Array, bound: jax.Array) -> Factor:
     """The factor of every entry, as a group of its own."""
     # At half the size: a modulus may overflow where the entry does not.
     half = jnp.full([], 0.5, bound.dtype)
-    modulus = norms.modulus(norms.scaled(wide, half))
+    modulus = _numerics.modulus(_numerics.scaled(wide, half))
     return factor_of(limiter, Magnitude(modulus, half), bound)
 
 
@@ -61,15 +64,17 @@ def zeroed_unless(finite: jax.Array, updates: Any) -> Any:
     """Zeros in place of all updates, unless the step is finite."""
 
     def zeroed(x: Any) -> Any:
-        return lax.select(finite, x, jnp.zeros_like(x)) if planning.is_floating(x) else x
+        return lax.select(finite, x, jnp.zeros_like(x)) if _numerics.is_floating(x) else x
 
     return jax.tree.map(zeroed, updates)
 
 
-def _mapped(plan: Plan, updates: Any, change: Callable[[Member, jax.Array], jax.Array]) -> Any:
+def _mapped(
+    layout: Layout, updates: Any, change: Callable[[GroupedLeaf, jax.Array], jax.Array]
+) -> Any:
     """The leaves that take part, changed and back in their dtype; the others as they were."""
     leaves, structure = jax.tree.flatten(updates)
-    for member in plan.members:
+    for member in layout.members:
         x = jnp.asarray(leaves[member.index])
         changed = change(member, x)
         leaves[member.index] = changed if changed.dtype == x.dtype else changed.astype(x.dtype)

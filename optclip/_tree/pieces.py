@@ -1,4 +1,4 @@
-"""One number for each group of a plan, in two forms: a vector of all groups, and pieces.
+"""One number for each group of a layout, in two forms: a vector of all groups, and pieces.
 
 The vector is what rules remember and what readings are made of. A piece is one leaf's own groups
 (or the one group that several leaves share), in a shape that broadcasts against the leaf. What is
@@ -12,69 +12,72 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optclip import devices, norms
-from optclip.planning import Member, Plan
+from optclip import _numerics
+from optclip._tree import devices
+from optclip._tree.layout import GroupedLeaf, Layout
 
 Pieces = dict[int, jax.Array]
-"""From `Member.start` to an array of shape () or `Member.kept`."""
+"""From `GroupedLeaf.start` to an array of shape () or `GroupedLeaf.kept`."""
 
 
-def joined(plan: Plan, pieces: Pieces, missing: float = 0) -> jax.Array:
-    """The vector, of `plan.shape`; `missing` for groups that no leaf takes part in."""
-    if plan.shape == ():
-        return pieces.get(0, jnp.full([], missing, plan.dtype))
+def concatenate(layout: Layout, pieces: Pieces, missing: float = 0) -> jax.Array:
+    """The vector, of `layout.shape`; `missing` for groups that no leaf takes part in."""
+    if layout.shape == ():
+        return pieces.get(0, jnp.full([], missing, layout.dtype))
     ordered, end = [], 0
     # A label that this tree lacks has a place too.
-    for start in [*sorted(pieces), plan.shape[0]]:
-        ordered += [jnp.full(start - end, missing, plan.dtype)] if start > end else []
+    for start in [*sorted(pieces), layout.shape[0]]:
+        ordered += [jnp.full(start - end, missing, layout.dtype)] if start > end else []
         if start in pieces:
-            ordered.append(jnp.reshape(gathered(pieces[start]), (-1,)))
+            ordered.append(jnp.reshape(replicated(pieces[start]), (-1,)))
             end = start + pieces[start].size
-    return gathered(jnp.concatenate(ordered)) if ordered else jnp.zeros(plan.shape, plan.dtype)
+    return (
+        replicated(jnp.concatenate(ordered)) if ordered else jnp.zeros(layout.shape, layout.dtype)
+    )
 
 
-def cut(plan: Plan, vector: jax.Array) -> Pieces:
+def split(layout: Layout, vector: jax.Array) -> Pieces:
     """The pieces of a vector."""
-    if plan.shape == ():
+    if layout.shape == ():
         return {0: vector}
-    vector = gathered(vector)
+    vector = replicated(vector)
     return {
         member.start: jnp.reshape(
-            gathered(vector[member.start : member.start + member.groups]),
+            replicated(vector[member.start : member.start + member.groups]),
             member.kept if member.groups > 1 else (),
         )
-        for member in plan.members
+        for member in layout.members
     }
 
 
-def per_member(plan: Plan, pieces: Pieces) -> list[jax.Array]:
+def for_each_leaf(layout: Layout, pieces: Pieces) -> list[jax.Array]:
     """For each leaf that takes part its piece, or the part of it that this device's part needs."""
-    return norms.apart([_own(member, pieces[member.start]) for member in plan.members])
+    return _numerics.unshared([_own(member, pieces[member.start]) for member in layout.members])
 
 
-def _own(member: Member, piece: jax.Array) -> jax.Array:
+def _own(member: GroupedLeaf, piece: jax.Array) -> jax.Array:
     if piece.ndim == 0:
         return piece
     part = tuple(
-        length // devices.axis_size((member.split.dims or {}).get(axis, ()))
+        length // devices.axis_size((member.sharding.dims or {}).get(axis, ()))
         if axis not in member.axes
         else length
         for axis, length in enumerate(member.kept)
     )
-    return piece if part == member.kept else lax.dynamic_slice(piece, corner(member, part), part)
+    return piece if part == member.kept else lax.dynamic_slice(piece, offset(member, part), part)
 
 
-def placed(member: Member, part: jax.Array) -> jax.Array:
+def scatter(member: GroupedLeaf, part: jax.Array) -> jax.Array:
     """The groups of one device's part in their places among those of the whole leaf."""
     if part.ndim == 0 or part.shape == member.kept:
         return part
     whole = jnp.zeros(member.kept, part.dtype)
-    return lax.dynamic_update_slice(whole, part, corner(member, part.shape))
+    return lax.dynamic_update_slice(whole, part, offset(member, part.shape))
 
 
-def corner(member: Member, part: tuple[int, ...]) -> list[jax.Array | int]:
+def offset(member: GroupedLeaf, part: tuple[int, ...]) -> list[jax.Array | int]:
     """Where this device's part of the groups begins."""
-    dims = member.split.dims or {}
+    dims = member.sharding.dims or {}
     return [
         lax.axis_index(tuple(dims[axis])) * length
         if dims.get(axis) and axis not in member.axes
@@ -83,7 +86,7 @@ def corner(member: Member, part: tuple[int, ...]) -> list[jax.Array | int]:
     ]
 
 
-def gathered(x: jax.Array) -> jax.Array:
+def replicated(x: jax.Array) -> jax.Array:
     """Under jit on a mesh: the same array on every device, so that it can be joined with others."""
     sharding = getattr(jax.typeof(x), "sharding", None)
     if sharding is None or x.size == 1 or sharding.mesh.empty:

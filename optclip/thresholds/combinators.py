@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optclip.thresholds.checking import check_number, number_at
+from optclip._checks import check_number, number_at
 from optclip.thresholds.rules import Rule, Step, as_rule
 
 

@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import measuring, norms, planning, scopes
+from optclip import _numerics, norms, scopes
+from optclip._checks import check_choice, check_count, check_number
+from optclip._tree import measure
+from optclip._tree.layout import layout_of, whole_on_devices_of
 from optclip.clipping import NEEDS_STATE_MSG
-from optclip.thresholds.checking import check_choice, check_count, check_number
 
 SkipNonfinite = Literal["skip", "propagate"]
 
@@ -120,7 +122,7 @@ def skip_spikes(
     check_choice(nonfinite, ("skip", "propagate"), f"{name}(nonfinite=...)")
 
     def init(params: Any) -> SkipState:
-        dtype = planning.tree_dtype(params)
+        dtype = _numerics.tree_dtype(params)
 
         def empty() -> Accepted:
             return Accepted(
@@ -138,18 +140,18 @@ def skip_spikes(
             norms=empty(),
             losses=empty(),
         )
-        return planning.whole_on_devices_of(params, state)._replace(inner_state=held.init(params))
+        return whole_on_devices_of(params, state)._replace(inner_state=held.init(params))
 
     def update(
         updates: Any, state: Any, params: Any = None, *, loss: Any = None, **extra_args: Any
     ) -> tuple[Any, SkipState]:
         if state is None:
             raise ValueError(NEEDS_STATE_MSG)
-        plan = planning.plan(scopes.tree, updates, axis_name, sharded)
+        layout = layout_of(scopes.tree, updates, axis_name, sharded)
         with jax.named_scope("optclip/measure"):
-            magnitude = measuring.measure(plan, norms.l2, updates)
+            magnitude = measure.measure(layout, norms.l2, updates)
         dtype = state.norm.dtype
-        norm = norms.narrowed(magnitude.saturated(), dtype)
+        norm = _numerics.narrowed(magnitude.clamped(), dtype)
         finite = jnp.isfinite(magnitude.value)
         limit = _limit(state.norms, deviations, patience)
         spike = norm > limit

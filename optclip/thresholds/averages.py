@@ -6,35 +6,22 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optclip import _numerics
 from optclip import norms as norm_kinds
-from optclip.thresholds.checking import at, check_choice, check_decay, check_number, number_at
+from optclip._checks import at, check_choice, check_decay, check_number, number_at
 from optclip.thresholds.rules import Memory, Rule, Step
 
 LearnFrom = Literal["raw", "clipped", "winsorised"]
 """What a rule learns from: the norm as it came, as it left, or held to the rule's own level."""
 
 
-def seen(
+def feed(
     learn_from: LearnFrom, norms: jax.Array, clipped_norms: jax.Array, level: jax.Array
 ) -> jax.Array:
     """The norms that a rule learns from."""
     if learn_from == "raw":
         return norms
     return clipped_norms if learn_from == "clipped" else jnp.minimum(norms, level)
-
-
-def grown(x: jax.Array, rate: jax.Array) -> jax.Array:
-    """Of x and exp(rate) the product, without the rounding of exp, which would add up."""
-    return jnp.where(jnp.abs(rate) < 0.5, x + x * jnp.expm1(rate), x * jnp.exp(rate))
-
-
-def mixed(old: jax.Array, new: jax.Array, keep: jax.Array) -> jax.Array:
-    """sqrt(keep old^2 + (1 - keep) new^2), as a change of `old`: roundings do not add up."""
-    far = new >= 1e15 * old  # Also where both are 0; squares stay in range below that.
-    ratio = jnp.where(far, 1, new) / jnp.where(far, 1, old)
-    more = (1 - keep) * (ratio - 1) * (ratio + 1)
-    near = old + old * (more / (1 + jnp.sqrt(1 + more)))
-    return jnp.where(far, jnp.sqrt(1 - keep) * new, near)
 
 
 class Patience(NamedTuple):
@@ -132,7 +119,7 @@ def moving_average(
             return jnp.where(begun, at(multiplier, step.count, norms) * average, jnp.inf)
 
         def observe(memory, step, norms, clipped_norms):
-            learned = seen(learn_from, norms, clipped_norms, threshold(memory, step, norms, None))
+            learned = feed(learn_from, norms, clipped_norms, threshold(memory, step, norms, None))
             keep = number_at(decay, step.count, norms)
             return Average(
                 keep * memory.total + (1 - keep) * learned, keep * memory.weight + (1 - keep)
@@ -173,7 +160,9 @@ def online_quantile(
         now = threshold(memory, step, norms, None)
         below = (norms <= now).astype(norms.dtype)
         eta = number_at(step_size, step.count, norms)
-        moved = grown(now, -eta * (below - number_at(quantile, step.count, norms)))
+        moved = _numerics.scaled_by_exp(
+            now, -eta * (below - number_at(quantile, step.count, norms))
+        )
         info = jnp.finfo(norms.dtype)
         return jnp.clip(moved, float(info.tiny), float(info.max))  # 0 means: not begun.
 
@@ -216,7 +205,7 @@ def leaf_average(
 
     def make(learn_from: LearnFrom) -> Rule:
         def threshold(memory, step, norms, params):
-            together = norm_kinds.pool(norm_kinds.l2, norm_kinds.plain(norms), 1).saturated()
+            together = norm_kinds.pool(norm_kinds.l2, norm_kinds.plain(norms), 1).clamped()
             most = at(max_norm, step.count, norms)
             # Each keeps its share. Scaled, so that no reciprocal is flushed to zero.
             unit = jnp.where(together > 1, jnp.asarray(2.0**-60, norms.dtype), 1)
@@ -226,7 +215,7 @@ def leaf_average(
             return jnp.where(warm(step, norms), at_first, own)
 
         def observe(memory, step, norms, clipped_norms):
-            learned = seen(learn_from, norms, clipped_norms, threshold(memory, step, norms, None))
+            learned = feed(learn_from, norms, clipped_norms, threshold(memory, step, norms, None))
             keep = number_at(decay, step.count, norms)
             smallest = jnp.minimum(memory, learned)
             average = keep * memory + (1 - keep) * learned

@@ -6,7 +6,7 @@ import optax
 
 from optclip import scopes, thresholds
 from optclip.clipping import Nonfinite, clip_by
-from optclip.thresholds.history import LearnFrom
+from optclip.thresholds.averages import LearnFrom
 from optclip.thresholds.outliers import ZVariant
 
 
