@@ -26,13 +26,10 @@ class Limiter(NamedTuple):
         name: What messages call it.
         factor: (norm, threshold) -> factor in [0, 1], elementwise. Far above the threshold it
             must fall like threshold / norm.
-        entry: (entry, threshold) -> limited entry, for real arrays whose every entry is a group of
-            its own; None to multiply by the factor.
     """
 
     name: str
     factor: Callable[[jax.Array, jax.Array], jax.Array]
-    entry: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
 
 def _rescale(norm: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -48,9 +45,7 @@ def _smooth(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     return jnp.where(closed & (norm > 0), 0, 1) / (1 + jnp.where(opened | closed, 0, ratio))
 
 
-rescale = Limiter(
-    "rescale", _rescale, entry=lambda entry, threshold: jnp.clip(entry, -threshold, threshold)
-)
+rescale = Limiter("rescale", _rescale)
 """The classic clip, min(1, threshold / norm): below the threshold nothing changes."""
 
 smooth = Limiter("smooth", _smooth)

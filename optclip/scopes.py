@@ -6,7 +6,6 @@ A scope says which axes of a leaf one group spans and which leaves share a group
     leaf            a group per leaf
     group(labels)   a group per label
     unit(axes)      groups within a leaf: for most layers, the weights into one output
-    element         every entry is its own group
 
 `optclip._tree.measure` looks at a tree with a scope, and walks it.
 """
@@ -35,7 +34,6 @@ class Scope(NamedTuple):
             None leaves a leaf alone. The function itself is None where groups stay within leaves.
         order: The labels in the order of their groups; None for the order of appearance.
         one_group: Whether there is one norm, a scalar, however many leaves there are (also none).
-        per_entry: Whether entries are limited one by one, by the one threshold.
         whole_leaves: Whether no leaf is divided, whatever its shape.
     """
 
@@ -44,7 +42,6 @@ class Scope(NamedTuple):
     labels: Callable[[Any], Sequence[Label | None]] | None = None
     order: tuple[Label, ...] | None = None
     one_group: bool = False
-    per_entry: bool = False
     whole_leaves: bool = False
 
 
@@ -61,9 +58,6 @@ tree = Scope("tree", _whole, labels=_same, one_group=True, whole_leaves=True)
 
 leaf = Scope("leaf", _whole, whole_leaves=True)
 """Every leaf has a norm of its own."""
-
-element = Scope("element", _whole, labels=_same, one_group=True, per_entry=True, whole_leaves=True)
-"""Every entry is its own group. The norm reported, and shown to rules, is the largest modulus."""
 
 
 def group(labels: Any, order: Sequence[Label] | None = None) -> Scope:

@@ -10,8 +10,28 @@ from jax import lax
 from optclip import _numerics
 from optclip._tree import pieces
 from optclip._tree.layout import GroupedLeaf, Layout
-from optclip.limiters import Factor, Limiter, factor_of
+from optclip._tree.pieces import PerGroup
+from optclip.limiters import Factor, Limiter, factor_of, root_of_factor
+from optclip.limiters import rescale as rescale_limiter
 from optclip.norms import Magnitude
+
+
+def factors_for(
+    limiter: Limiter,
+    layout: Layout,
+    norms: PerGroup[Magnitude],
+    thresholds: PerGroup[jax.Array],
+) -> PerGroup[Factor]:
+    """The factor of every group; from the pieces themselves where their thresholds are known."""
+    factor = factor_of(limiter, norms.vector, thresholds.vector)
+    if thresholds.pieces:
+        roots = {
+            start: root_of_factor(limiter, norms.pieces[start], own)
+            for start, own in thresholds.pieces.items()
+        }
+        return PerGroup(factor, {start: Factor(root, root) for start, root in roots.items()})
+    coarse, fine = (pieces.split(layout, part) for part in factor)
+    return PerGroup(factor, {start: Factor(coarse[start], fine[start]) for start in coarse})
 
 
 def rescale(layout: Layout, updates: Any, factors: Mapping[int, Factor]) -> Any:
@@ -20,7 +40,7 @@ def rescale(layout: Layout, updates: Any, factors: Mapping[int, Factor]) -> Any:
     Args:
         layout: The layout.
         updates: The tree.
-        factors: In pieces; see `optclip._tree.pieces`.
+        factors: In pieces; see `PerGroup`.
     """
     coarse = pieces.for_each_leaf(
         layout, {start: factor.coarse for start, factor in factors.items()}
@@ -38,26 +58,26 @@ def rescale(layout: Layout, updates: Any, factors: Mapping[int, Factor]) -> Any:
     return _mapped(layout, updates, scaled)
 
 
-def clamp(layout: Layout, updates: Any, limiter: Limiter, threshold: jax.Array) -> Any:
+def clamp(layout: Layout, updates: Any, threshold: jax.Array) -> Any:
     """Every entry limited by itself; a complex one in modulus, keeping its phase."""
 
     def clamped(member: GroupedLeaf, x: jax.Array) -> jax.Array:
         x, bound = lax.optimization_barrier((x, threshold))
         wide, bound = _numerics.widened(x), bound.astype(_numerics.accumulator(x.dtype))
-        if limiter.entry is not None and not jnp.iscomplexobj(x):
-            return limiter.entry(wide, bound)
-        factor = entry_factor(limiter, wide, bound)
+        if not jnp.iscomplexobj(x):
+            return jnp.clip(wide, -bound, bound)
+        factor = entry_factor(wide, bound)
         return _numerics.scaled(_numerics.scaled(wide, factor.coarse), factor.fine)
 
     return _mapped(layout, updates, clamped)
 
 
-def entry_factor(limiter: Limiter, wide: jax.Array, bound: jax.Array) -> Factor:
+def entry_factor(wide: jax.Array, bound: jax.Array) -> Factor:
     """The factor of every entry, as a group of its own."""
     # At half the size: a modulus may overflow where the entry does not.
     half = jnp.full([], 0.5, bound.dtype)
     modulus = _numerics.modulus(_numerics.scaled(wide, half))
-    return factor_of(limiter, Magnitude(modulus, half), bound)
+    return factor_of(rescale_limiter, Magnitude(modulus, half), bound)
 
 
 def zeroed_unless(finite: jax.Array, updates: Any) -> Any:

@@ -7,7 +7,7 @@ the mesh both adds up what is split and gathers what is not.
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,28 +17,16 @@ from jax import lax
 from optclip import _numerics, norms
 from optclip._tree import devices, pieces
 from optclip._tree.layout import GroupedLeaf, Layout, select_leaves
-from optclip._tree.pieces import Pieces
+from optclip._tree.pieces import PerGroup, Pieces
 from optclip.norms import Magnitude, Norm
-
-
-class Norms(NamedTuple):
-    """The norms of the groups of a tree.
-
-    Attributes:
-        together: All of them: a `Magnitude` of arrays of `layout.shape`.
-        pieces: The same for each leaf or label; see `optclip._tree.pieces`.
-    """
-
-    together: Magnitude
-    pieces: dict[int, Magnitude]
 
 
 def measure(layout: Layout, norm: Norm, tree: Any) -> Magnitude:
     """The norms of all groups, right whatever their size; see `measure_together`."""
-    return measure_together(layout, norm, tree)[0].together
+    return measure_together(layout, norm, tree)[0].vector
 
 
-def measure_together(layout: Layout, norm: Norm, *trees: Any) -> list[Norms]:
+def measure_together(layout: Layout, norm: Norm, *trees: Any) -> list[PerGroup[Magnitude]]:
     """The norms of all groups of several trees, with one sum over the devices for all of them.
 
     Args:
@@ -47,7 +35,7 @@ def measure_together(layout: Layout, norm: Norm, *trees: Any) -> list[Norms]:
         *trees: Updates, or updates and parameters.
 
     Returns:
-        For each tree its `Norms`.
+        For each tree its norms, with the pieces.
     """
     forest = [select_leaves(layout, tree) for tree in trees]
     if layout.dtype == jnp.float64:  # Beside 64-bit leaves the others are measured in 64 bits too.
@@ -68,24 +56,24 @@ def measure_together(layout: Layout, norm: Norm, *trees: Any) -> list[Norms]:
         ]
         statistics = _joined(layout, _statistics(layout, norm, forest, scales))
         together = [pieces.concatenate(layout, scale, missing=1) for scale in scales]
-        scales = [_Statistic(*both) for both in zip(together, scales, strict=True)]
+        scales = [PerGroup(*both) for both in zip(together, scales, strict=True)]
         return _finished(layout, norm, statistics, scales)
     plain = _joined(layout, _statistics(layout, norm, forest, [None] * len(forest)))
     if not any(norms.can_leave_range(x.dtype) for leaves in forest for x in leaves):
         return _finished(layout, norm, plain, [_everywhere(layout, 1) for _ in forest])
     scales = [
-        _Statistic(
-            norms.range_scale(norm, of.together, layout.sizes),
+        PerGroup(
+            norms.range_scale(norm, of.vector, layout.sizes),
             {at: _range_scale(norm, x, layout.size_at(at)) for at, x in of.pieces.items()},
         )
         for of in plain
     ]
 
-    def again(forest: list[list[jax.Array]], scales: list[Pieces]) -> list[_Statistic]:
+    def again(forest: list[list[jax.Array]], scales: list[Pieces]) -> list[PerGroup[jax.Array]]:
         return _joined(layout, _statistics(layout, norm, forest, scales, compact=True))
 
     needed = functools.reduce(
-        jnp.logical_or, [jnp.any(scale.together != 1) for scale in scales], jnp.zeros([], bool)
+        jnp.logical_or, [jnp.any(scale.vector != 1) for scale in scales], jnp.zeros([], bool)
     )
     corrected = _numerics.where_needed(
         needed,
@@ -98,34 +86,30 @@ def measure_together(layout: Layout, norm: Norm, *trees: Any) -> list[Norms]:
     return _finished(layout, norm, statistics, scales)
 
 
-class _Statistic(NamedTuple):
-    """One number a group: as a vector, and in pieces."""
-
-    together: jax.Array
-    pieces: Pieces
+def _joined(layout: Layout, forest: list[Pieces]) -> list[PerGroup[jax.Array]]:
+    return [PerGroup(pieces.concatenate(layout, some), some) for some in forest]
 
 
-def _joined(layout: Layout, forest: list[Pieces]) -> list[_Statistic]:
-    return [_Statistic(pieces.concatenate(layout, some), some) for some in forest]
-
-
-def _everywhere(layout: Layout, value: float) -> _Statistic:
+def _everywhere(layout: Layout, value: float) -> PerGroup[jax.Array]:
     """The same number for every group."""
     number = jnp.full([], value, layout.dtype)
-    return _Statistic(number, {member.start: number for member in layout.members})
+    return PerGroup(number, {member.start: number for member in layout.members})
 
 
 def _finished(
-    layout: Layout, norm: Norm, statistics: list[_Statistic], scales: list[_Statistic]
-) -> list[Norms]:
+    layout: Layout,
+    norm: Norm,
+    statistics: list[PerGroup[jax.Array]],
+    scales: list[PerGroup[jax.Array]],
+) -> list[PerGroup[Magnitude]]:
     found = []
     for statistic, scale in zip(statistics, scales, strict=True):
-        together = Magnitude(norm.finish(statistic.together, layout.sizes), scale.together)
+        together = Magnitude(norm.finish(statistic.vector, layout.sizes), scale.vector)
         by_piece = {
             at: Magnitude(_finish(norm, x, layout.size_at(at)), scale.pieces[at])
             for at, x in statistic.pieces.items()
         }
-        found.append(Norms(together, by_piece))
+        found.append(PerGroup(together, by_piece))
     return found
 
 

@@ -7,6 +7,8 @@ for every leaf, so that XLA would compile a kernel for every leaf, where leaves 
 share one.
 """
 
+from typing import Generic, NamedTuple, TypeVar
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,6 +20,21 @@ from optclip._tree.layout import GroupedLeaf, Layout
 
 Pieces = dict[int, jax.Array]
 """From `GroupedLeaf.start` to an array of shape () or `GroupedLeaf.kept`."""
+
+T = TypeVar("T")
+
+
+class PerGroup(NamedTuple, Generic[T]):
+    """One number for each group: a norm, a threshold, a factor.
+
+    Attributes:
+        vector: All of them: of `layout.shape`.
+        pieces: The same for each leaf, or for the group that several share, by
+            `GroupedLeaf.start`. Empty where nobody needs them.
+    """
+
+    vector: T
+    pieces: dict[int, T]
 
 
 def concatenate(layout: Layout, pieces: Pieces, missing: float = 0) -> jax.Array:

@@ -1,12 +1,12 @@
 """The named methods: each a composition of a few lines, with its formula, defaults and source."""
 
+from optclip.methods.clip_by_value import clip_by_value
 from optclip.methods.clippy import clippy
 from optclip.methods.fixed import (
     clip_by_block_rms,
     clip_by_global_norm,
     clip_by_group_norm,
     clip_by_leaf_norm,
-    clip_by_value,
     measure_norms,
     smooth_clip,
 )

@@ -12,56 +12,6 @@ from optclip.norms import Norm
 from optclip.scopes import Scope
 
 
-def clip_by_value(
-    max_delta: Any,
-    *,
-    axis_name: Any = None,
-    sharded: Any = None,
-    nonfinite: Nonfinite = "propagate",
-    detail: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Clamps every entry to [-max_delta, max_delta]: value truncation, which turns the gradient.
-
-    .. math:: u_i \leftarrow \max(-\delta, \min(u_i, \delta))
-
-    A norm clip keeps the direction of the gradient and shortens it; this one cuts the large
-    entries and keeps the small ones. `optax.clip` under the name of what it does. Complex entries
-    are limited in modulus and keep their phase (`optax.clip` refuses them).
-
-    Args:
-        max_delta: Largest modulus of an entry, in units of the gradient; a number, traced scalar
-            or Optax schedule. There is no customary value.
-        axis_name: See `clip_by`.
-        sharded: See `clip_by`.
-        nonfinite: See `clip_by`. "propagate" keeps the whole gradient as it is, infinities too.
-        detail: See `clip_by`.
-
-    Returns:
-        An `optax.GradientTransformationExtraArgs` with a `ClipState`. `norm` reads the largest
-        entry, `clip_rate` the share of entries clipped. The readings take two passes over the
-        gradient (one for the largest entry, one for NaN), and a third to count where entries are
-        clipped.
-
-    Raises:
-        ValueError: If `max_delta` is concrete and negative or NaN.
-
-    Example:
-        >>> import jax.numpy as jnp, optclip
-        >>> clip = optclip.clip_by_value(1.0)
-        >>> updates, _ = clip.update(jnp.array([3.0, -0.5]), None)
-        >>> updates.tolist()
-        [1.0, -0.5]
-    """
-    return clip_by(
-        thresholds.constant(max_delta, "clip_by_value(max_delta=...)"),
-        scope=scopes.element,
-        axis_name=axis_name,
-        sharded=sharded,
-        nonfinite=nonfinite,
-        detail=detail,
-    )
-
-
 def clip_by_global_norm(
     max_norm: Any,
     *,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optclip import _numerics, limiters, norms, scopes
+from optclip import _numerics, norms, scopes
 from optclip._checks import check_choice, check_decay, check_number, number_at
 from optclip._tree import devices, limit, measure
 from optclip._tree.layout import Layout, layout_of, select_leaves
@@ -88,7 +88,7 @@ def spam_clip(
         del params, extra_args
         if state is None:
             raise ValueError(NEEDS_STATE_MSG)
-        layout = layout_of(scopes.element, updates, axis_name, sharded)
+        layout = layout_of(scopes.tree, updates, axis_name, sharded)
         like = jnp.zeros([], layout.dtype)
         theta, keep, warmup = (
             number_at(x, state.count, like) for x in (threshold, decay, warmup_steps)
@@ -171,7 +171,7 @@ def _limited(x: jax.Array, moment: jax.Array, rise: jax.Array) -> jax.Array:
     wide, _, bound = _bounded(x, moment, rise)
     if not jnp.iscomplexobj(x):
         return lax.clamp(-bound, wide, bound).astype(x.dtype)
-    factor = limit.entry_factor(limiters.rescale, wide, bound)
+    factor = limit.entry_factor(wide, bound)
     return _numerics.scaled(_numerics.scaled(wide, factor.coarse), factor.fine).astype(x.dtype)
 
 

@@ -19,7 +19,7 @@ from helpers.running import (
 from helpers.samples import assert_same
 
 import optclip
-from optclip import limiters, norms, scopes, thresholds
+from optclip import limiters, norms, scopes
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -104,11 +104,6 @@ REFUSED_AT_ONCE = {
         "spectral",
         "'tree'",
         "scopes.leaf",
-    ),
-    "params without norms": (
-        lambda: optclip.clip_by(thresholds.relative_to_params(0.1, 1e-3), scope=scopes.element),
-        "scopes.element",
-        "scopes.unit()",
     ),
     "decay 1": (lambda: optclip.zclip(decay=1.0), "zclip(decay=...)", "1.0", "0.97"),
     "decay below 0": (lambda: optclip.spam_clip(decay=-0.1), "spam_clip(decay=...)", "-0.1"),
