@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optclip import histograms, limiters, norms, scopes, thresholds
+from optclip._checks import check_number
 from optclip.clipping import Nonfinite, clip_by
 from optclip.norms import Norm
 from optclip.scopes import Scope
@@ -58,8 +59,9 @@ def clip_by_global_norm(
         Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks",
         2012, arXiv:1211.5063.
     """
+    check_number(max_norm, "max_norm=", mend="pass jnp.inf to switch clipping off")
     return clip_by(
-        thresholds.constant(max_norm, "clip_by_global_norm(max_norm=...)"),
+        max_norm,
         norm=norms.l2 if ord is None else norms.lp(ord),
         axis_name=axis_name,
         sharded=sharded,
@@ -106,8 +108,9 @@ def clip_by_leaf_norm(
         >>> float(updates["b"][0]), float(optclip.metrics(state)["clip/clip_rate"])
         (0.5, 0.5)
     """
+    check_number(max_norm, "max_norm=", mend="pass jnp.inf to switch clipping off")
     return clip_by(
-        thresholds.constant(max_norm, "clip_by_leaf_norm(max_norm=...)"),
+        max_norm,
         scope=scopes.leaf,
         axis_name=axis_name,
         sharded=sharded,
@@ -164,15 +167,15 @@ def clip_by_group_norm(
         >>> round(float(updates["embedding"][0]), 6), float(updates["dense"][0])
         (0.1, 0.5)
     """
-    name = "clip_by_group_norm(max_norm=...)"
+    rule, order = max_norm, None
     if isinstance(max_norm, Mapping):
         if not max_norm:
             raise ValueError(
-                f"{name} must name at least one label, got {max_norm!r}; pass a number"
+                f"max_norm= must name at least one label, got {max_norm!r}; pass a number"
             )
-        rule, order = thresholds.per_group(dict(max_norm), name), list(max_norm)
+        rule, order = thresholds.per_group(max_norm), list(max_norm)
     else:
-        rule, order = thresholds.constant(max_norm, name), None
+        check_number(max_norm, "max_norm=", mend="pass jnp.inf to switch clipping off")
     return clip_by(
         rule,
         scope=scopes.group(labels, order),
@@ -225,8 +228,9 @@ def clip_by_block_rms(
         Shazeer and Stern, "Adafactor: adaptive learning rates with sublinear memory cost", 2018,
         arXiv:1804.04235.
     """
+    check_number(threshold, "threshold=", mend="pass jnp.inf to switch clipping off")
     return clip_by(
-        thresholds.constant(threshold, "clip_by_block_rms(threshold=...)"),
+        threshold,
         scope=scopes.leaf,
         norm=norms.rms,
         axis_name=axis_name,
@@ -278,8 +282,9 @@ def smooth_clip(
         Zhang, He, Sra and Jadbabaie, "Why gradient clipping accelerates training", 2019,
         arXiv:1905.11881.
     """
+    check_number(max_norm, "max_norm=", mend="pass jnp.inf to switch clipping off")
     return clip_by(
-        thresholds.constant(max_norm, "smooth_clip(max_norm=...)"),
+        max_norm,
         limiter=limiters.smooth,
         axis_name=axis_name,
         sharded=sharded,
@@ -330,7 +335,7 @@ def measure_norms(
         5.0
     """
     measured = clip_by(
-        thresholds.constant(jnp.inf),
+        jnp.inf,
         scope=scope,
         norm=norm,
         axis_name=axis_name,

@@ -98,8 +98,8 @@ def safeguard(
         True
     """
     held = optax.with_extra_args_support(inner)
-    check_choice(nonfinite, ("skip", "propagate"), "safeguard(nonfinite=...)")
-    check_number(ratio, "safeguard(ratio)", mend="pass jnp.inf to switch the bound off")
+    check_choice(nonfinite, ("skip", "propagate"), "nonfinite=")
+    check_number(ratio, "ratio=", mend="pass jnp.inf to switch the bound off")
     clip = robust_clip(deviations, axis_name=axis_name, sharded=sharded)
 
     def bound(threshold: Any) -> optax.GradientTransformationExtraArgs:

@@ -113,13 +113,12 @@ def skip_spikes(
         The rule is that of the trainers OLMo-core and Levanter, which let spikes into the window.
     """
     held = optax.with_extra_args_support(inner)
-    name = "skip_spikes"
-    window = check_count(window, f"{name}(window=...)")
+    window = check_count(window, "window=")
     # No schedules: on which step of a run it skips, the state does not count.
     numbers = functools.partial(check_number, schedule=False)
-    numbers(deviations, f"{name}(deviations=...)", mend="pass jnp.inf to skip no spikes")
-    numbers(patience, f"{name}(patience=...)", low=1, mend="pass jnp.inf to wait for ever")
-    check_choice(nonfinite, ("skip", "propagate"), f"{name}(nonfinite=...)")
+    numbers(deviations, "deviations=", mend="pass jnp.inf to skip no spikes")
+    numbers(patience, "patience=", low=1, mend="pass jnp.inf to wait for ever")
+    check_choice(nonfinite, ("skip", "propagate"), "nonfinite=")
 
     def init(params: Any) -> SkipState:
         dtype = _numerics.tree_dtype(params)

@@ -10,12 +10,12 @@ import optax
 from jax import lax
 
 from optclip import _numerics, norms, scopes
-from optclip._checks import check_choice, check_decay, check_number, number_at
+from optclip._checks import check_decay, check_number, number_at
 from optclip._tree import devices, limit, measure
 from optclip._tree.layout import Layout, layout_of, select_leaves
 from optclip.clipping import NEEDS_STATE_MSG, Nonfinite, check_nonfinite
 from optclip.state import ClipState, Outcome, init_state, step_of, update_state
-from optclip.thresholds.averages import LearnFrom
+from optclip.thresholds.averages import LearnFrom, check_learn_from
 
 
 def spam_clip(
@@ -71,11 +71,10 @@ def spam_clip(
         Huang et al., "SPAM: spike-aware Adam with momentum reset for stable LLM training", 2025,
         arXiv:2501.06842. The released code's default theta is 2000.
     """
-    name = "spam_clip"
-    check_number(threshold, f"{name}(threshold=...)", mend="pass jnp.inf to switch clipping off")
-    check_number(warmup_steps, f"{name}(warmup_steps=...)", mend="pass 0 for none")
-    check_choice(learn_from, ("raw", "clipped", "winsorised"), f"{name}(learn_from=...)")
-    check_decay(decay, name)
+    check_number(threshold, "threshold=", mend="pass jnp.inf to switch clipping off")
+    check_number(warmup_steps, "warmup_steps=", mend="pass 0 for none")
+    check_learn_from(learn_from)
+    check_decay(decay)
     check_nonfinite(nonfinite)
 
     def init(params: Any) -> ClipState:

@@ -15,7 +15,7 @@ from optclip.thresholds.averages import (
     moving_average,
     online_quantile,
 )
-from optclip.thresholds.combinators import ceiling, floor, maximum, minimum, switch
+from optclip.thresholds.combinators import maximum, minimum, patient, switch
 from optclip.thresholds.outliers import robust, zscore
 from optclip.thresholds.rules import (
     ParameterNorms,
@@ -34,15 +34,14 @@ __all__ = [
     "Rule",
     "Step",
     "as_rule",
-    "ceiling",
     "constant",
-    "floor",
     "leaf_average",
     "maximum",
     "mean_over_window",
     "minimum",
     "moving_average",
     "online_quantile",
+    "patient",
     "per_group",
     "quantile_over_window",
     "relative_to_params",
