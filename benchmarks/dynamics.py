@@ -60,7 +60,7 @@ QUICK_RULES = [
     "autoclip",
     "clip_by_quantile",
     "zclip reciprocal clipped",
-    "zclip reciprocal winsorised",
+    "zclip reciprocal winsorized",
     "adagc",
     "clip_by_window raw",
     "clip_by_moving_average",

@@ -72,7 +72,7 @@ def _families() -> Iterator[Family]:
     )
     yield _single("clip_by_quantile", optclip.clip_by_quantile)
     for variant in get_args(ZVariant):
-        for learn_from in ("clipped", "raw", "winsorised"):
+        for learn_from in ("clipped", "raw", "winsorized"):
             yield _zclip(variant, learn_from=learn_from)
         yield _zclip(variant, patience=20)
     yield _single("adagc", optclip.adagc, leaves=3)

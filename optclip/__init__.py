@@ -11,10 +11,10 @@ runs these four steps; a named method is a composition of `norms`, `scopes`, `th
 
 from optclip import histograms, limiters, methods, norms, scopes, thresholds
 from optclip.clipping import clip_by
-from optclip.guarding import safeguard
 from optclip.methods import *  # noqa: F403 - they are listed there, once
+from optclip.methods.safeguard import safeguard
+from optclip.methods.skip_spikes import skip_spikes
 from optclip.readings import metrics
-from optclip.skipping import skip_spikes
 from optclip.state import ClipState
 
 __version__ = "0.1.0"

@@ -7,25 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optclip import changing, limiters, measuring, norms, pieces, planning, scopes, thresholds
+from optclip import _numerics, limiters, norms, scopes, thresholds
+from optclip._checks import check_choice
+from optclip._tree import limit, measure
+from optclip._tree.layout import Layout, layout_of, shape_of_norms
+from optclip._tree.pieces import PerGroup
 from optclip.limiters import Factor, Limiter
-from optclip.measuring import Norms
 from optclip.norms import Magnitude, Norm
-from optclip.planning import Plan
 from optclip.scopes import Scope
 from optclip.state import (
     ClipState,
-    Detail,
     GroupDetail,
     LeafDetail,
     Outcome,
-    advanced,
-    fresh,
-    kept_unless,
+    init_state,
     step_of,
+    update_state,
+    where_learned,
 )
 from optclip.thresholds import ParameterNorms, Rule
-from optclip.thresholds.checking import check_choice
 from optclip.thresholds.rules import first_memory
 
 Nonfinite = Literal["propagate", "zero"]
@@ -94,48 +94,52 @@ def clip_by(
     """
     rule = thresholds.as_rule(rule)
     _check(rule, scope, norm, limiter, nonfinite)
-    if scope.per_entry:
-        norm = norms.linf  # Every norm of one entry is its modulus; the tree's is the largest.
-
     by_leaf = scope.one_group or (scope.whole_leaves and scope.labels is None)
     kind_of_detail = LeafDetail if by_leaf else GroupDetail
-
-    def look(updates: Any, scope: Scope = scope) -> Plan:
-        return planning.plan(scope, updates, axis_name, sharded)
-
-    def shape_of(params: Any, scope: Scope) -> tuple[int, ...]:
-        return planning.shape_of_norms(scope, params, axis_name, sharded)
-
-    def measure(plan: Plan, *trees: Any) -> list[tuple[Norms, jax.Array | None]]:
-        """The norms of the groups; those of the leaves too where detail of one group is wanted."""
-        if not (detail and scope.one_group):
-            return [(found, None) for found in measuring.measure_together(plan, norm, *trees)]
-        leaves = look(trees[0], scopes.leaf)
-        found = []
-        for of_leaves, _ in measuring.measure_together(leaves, norm, *trees):
-            pooled = norms.pool(norm, of_leaves, leaves.sizes)
-            found.append((Norms(pooled, {0: pooled}), of_leaves.saturated()))
-        return found
-
-    def threshold_for(
-        state: ClipState, found: Magnitude, of_params: Magnitude | None, sizes: Any
-    ) -> jax.Array:
-        reference = None
-        if of_params is not None:
-            reference = ParameterNorms(_as_kept(of_params.saturated(), state), sizes)
-        shown = _as_kept(found.saturated(), state)
-        threshold = rule.threshold(state.memory, step_of(state), shown, reference)
-        return threshold.astype(found.value.dtype)
+    detail_scope = scopes.leaf if scope.one_group else scope
 
     def init(params: Any) -> ClipState:
-        dtype = planning.tree_dtype(params)
-        shape = shape_of(params, scope) if rule.has_memory else ()
-        memory = first_memory(rule, jnp.zeros(shape, dtype))
-        groups: Detail | tuple[()] = ()
-        if detail:
-            shape = shape_of(params, scopes.leaf if scope.one_group else scope)
-            groups = kind_of_detail(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-        return fresh(params, memory, groups)
+        dtype = _numerics.tree_dtype(params)
+
+        def zeros(scope: Scope) -> jax.Array:
+            return jnp.zeros(shape_of_norms(scope, params, axis_name, sharded), dtype)
+
+        memory = first_memory(rule, zeros(scope if rule.has_memory else scopes.tree))
+        groups = kind_of_detail(zeros(detail_scope), zeros(detail_scope)) if detail else ()
+        return init_state(params, memory, groups)
+
+    def measured(layout: Layout, *trees: Any) -> tuple[list[PerGroup[Magnitude]], jax.Array | None]:
+        """The norms of each tree; those of the leaves too where detail of one group is wanted."""
+        if not (detail and scope.one_group):
+            return measure.measure_together(layout, norm, *trees), None
+        leaves = layout_of(scopes.leaf, trees[0], axis_name, sharded)
+        by_leaf = [x.vector for x in measure.measure_together(leaves, norm, *trees)]
+        pooled = [norms.pool(norm, of_leaves, leaves.sizes) for of_leaves in by_leaf]
+        return [PerGroup(all_, {0: all_}) for all_ in pooled], by_leaf[0].clamped()
+
+    def thresholds_now(
+        state: ClipState, layout: Layout, found: list[PerGroup[Magnitude]]
+    ) -> PerGroup[jax.Array]:
+        """What the rule allows; by pieces too, where it can be asked for each by itself."""
+
+        def ask(norms: Magnitude, of_params: list[Magnitude], sizes: Any) -> jax.Array:
+            seen = (_numerics.narrowed(x.clamped(), state.norm.dtype) for x in (norms, *of_params))
+            now, *references = seen
+            reference = ParameterNorms(references[0], sizes) if references else None
+            asked = rule.threshold(state.memory, step_of(state), now, reference)
+            return asked.astype(norms.value.dtype)
+
+        own, *others = found
+        asked = ask(own.vector, [x.vector for x in others], layout.sizes)
+        pieces: dict[int, jax.Array] = {}
+        if rule.separable and layout.shape and not layout.axis_names:
+            for start, piece in own.pieces.items():
+                size = layout.size_at(start)
+                of_piece = [x.pieces[start] for x in others]
+                pieces[start] = ask(piece, of_piece, size) if asked.ndim else asked
+            if any(x.shape not in ((), own.pieces[at].value.shape) for at, x in pieces.items()):
+                pieces = {}  # A vector for all groups says nothing of one.
+        return PerGroup(jnp.broadcast_to(asked, layout.shape), pieces)
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -143,75 +147,44 @@ def clip_by(
         del extra_args
         if rule.needs_params and params is None:
             raise ValueError(NO_PARAMS_MSG)
-        if state is None:
-            if rule.has_memory:
-                raise ValueError(NEEDS_STATE_MSG)
-            state = init(updates)
-        plan = look(updates)
+        if state is None and rule.has_memory:
+            raise ValueError(NEEDS_STATE_MSG)
+        state = init(updates) if state is None else state
+        layout = layout_of(scope, updates, axis_name, sharded)
         with jax.named_scope("optclip/measure"):
             trees = (updates, params) if rule.needs_params else (updates,)
-            (found, leaf_norms), *others = measure(plan, *trees)
-            of_params = others[0][0] if others else None
-            magnitude, group_norms = found.together, found.together.saturated()
+            found, leaf_norms = measured(layout, *trees)
+            magnitude, group_norms = found[0].vector, found[0].vector.clamped()
             finite = jnp.all(jnp.isfinite(magnitude.value))
         with jax.named_scope("optclip/threshold"):
-            reference = None if of_params is None else of_params.together
-            asked = threshold_for(state, magnitude, reference, plan.sizes)
-            threshold = jnp.broadcast_to(asked, plan.shape)
+            threshold = thresholds_now(state, layout, found)
         with jax.named_scope("optclip/limit"):
             # A step with a non-finite entry is handed on as it is, in every group.
-            bound = jnp.where(finite, threshold, jnp.inf)
-            factor = limiters.factor_of(limiter, magnitude, bound)
-
-            def factors_by_piece() -> dict[int, Factor]:
-                """From the pieces themselves, where their thresholds depend on nothing else."""
-                factors: dict[int, Factor] = {}
-                for start, piece in found.pieces.items():
-                    own = asked
-                    if asked.ndim:
-                        of_piece = None if of_params is None else of_params.pieces[start]
-                        own = threshold_for(state, piece, of_piece, plan.size_at(start))
-                    if own.shape not in ((), piece.value.shape):
-                        return {}
-                    own = jnp.where(finite, own, jnp.inf)
-                    root = limiters.root_of_factor(limiter, piece, own)
-                    factors[start] = Factor(root, root)
-                return factors
-
-            if scope.per_entry:
-                share = _share_of_entries(plan, updates, group_norms, bound)
-                updates = changing.clamp(plan, updates, limiter, bound)
-            else:
-                share = _share_of_groups(plan, group_norms, bound)
-                separate = rule.separable and plan.shape and not plan.axis_names
-                factors = factors_by_piece() if separate else {}
-                if not factors:
-                    coarse, fine = (pieces.cut(plan, part) for part in factor)
-                    factors = {start: Factor(coarse[start], fine[start]) for start in coarse}
-                updates = changing.rescale(plan, updates, factors)
+            bound = jax.tree.map(lambda x: jnp.where(finite, x, jnp.inf), threshold)
+            factors = limit.factors_for(limiter, layout, found[0], bound)
+            updates = limit.rescale(layout, updates, factors.pieces)
+            factor, clipped_norms = factors.vector, limiters.clipped_norm(magnitude, factors.vector)
             if nonfinite == "zero":
-                updates = changing.zeroed_unless(finite, updates)
+                updates = limit.zeroed_unless(finite, updates)
                 factor = Factor(factor.coarse, jnp.where(finite, factor.fine, 0))
-        clipped_norms = limiters.clipped_norm(magnitude, factor)
-        if nonfinite == "zero":
-            clipped_norms = jnp.where(finite, clipped_norms, 0)
+                clipped_norms = jnp.where(finite, clipped_norms, 0)
         with jax.named_scope("optclip/observe"):
-            seen, left = _as_kept(group_norms, state), _as_kept(clipped_norms, state)
-            memory = rule.observe(state.memory, step_of(state), seen, left)
+            dtype = state.norm.dtype
+            shown = (_numerics.narrowed(x, dtype) for x in (group_norms, clipped_norms))
+            memory = rule.observe(state.memory, step_of(state), *shown)
             # Neither a non-finite step nor, in its group, a norm of 0 is learned from.
-            memory = kept_unless(finite & (group_norms > 0), memory, state.memory)
+            memory = where_learned(finite & (group_norms > 0), memory, state.memory)
         outcome = Outcome(
             finite=finite,
-            norm=_together(norm, plan, magnitude),
-            clipped_norm=_together(norm, plan, norms.plain(clipped_norms)),
-            threshold=jnp.min(threshold, initial=jnp.inf, where=plan.sizes > 0),
+            norm=_pooled(norm, layout, magnitude),
+            clipped_norm=_pooled(norm, layout, norms.plain(clipped_norms)),
+            threshold=jnp.min(threshold.vector, initial=jnp.inf, where=layout.sizes > 0),
             factor=jnp.min(factor.product(), initial=1),
-            share=share,
+            share=_share_above(layout, group_norms, bound.vector),
         )
-        groups: Detail | tuple[()] = ()
-        if detail:
-            groups = kind_of_detail(*_details(group_norms, clipped_norms, leaf_norms))
-        return updates, advanced(state, outcome, memory, groups)
+        groups = _details(group_norms, clipped_norms, leaf_norms) if detail else None
+        kept = kind_of_detail(*groups) if groups else ()
+        return updates, update_state(state, outcome, memory, kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -245,11 +218,6 @@ def _check(rule: Rule, scope: Any, norm: Any, limiter: Any, nonfinite: Any) -> N
             f"the norm {norm.name!r} exists only for one whole leaf, not for scope {scope.name!r}; "
             "pass scope=scopes.leaf"
         )
-    if scope.per_entry and rule.needs_params:
-        raise ValueError(
-            "a threshold relative to the parameters needs a scope with norms, not scopes.element; "
-            "pass scopes.unit() or scopes.leaf"
-        )
 
 
 def check_nonfinite(nonfinite: Any) -> None:
@@ -257,30 +225,15 @@ def check_nonfinite(nonfinite: Any) -> None:
     check_choice(nonfinite, ("propagate", "zero"), "nonfinite=")
 
 
-def _as_kept(x: jax.Array, state: ClipState) -> jax.Array:
-    """Norms in the dtype of the state: gradients may be wider than its parameters were."""
-    return norms.narrowed(x, state.norm.dtype)
-
-
-def _share_of_groups(plan: Plan, group_norms: jax.Array, threshold: jax.Array) -> jax.Array:
-    present = max(int(np.sum(plan.sizes > 0)), 1)  # A label may have no leaf.
+def _share_above(layout: Layout, group_norms: jax.Array, threshold: jax.Array) -> jax.Array:
+    present = max(int(np.sum(layout.sizes > 0)), 1)  # A label may have no leaf.
     return jnp.sum((group_norms > threshold).astype(group_norms.dtype)) / present
 
 
-def _share_of_entries(plan: Plan, updates: Any, peak: jax.Array, bound: jax.Array) -> jax.Array:
-    # Counting reads the gradient once more, so it is left out where nothing is clipped.
-    above = peak > bound
-    return measuring.where_needed(
-        above,
-        lambda updates: measuring.share_above(plan, updates, bound),
-        lambda updates: 0 * above.astype(plan.dtype),
-        updates,
-    )
-
-
-def _together(norm: Norm, plan: Plan, groups: Magnitude) -> jax.Array:
-    together = groups if plan.shape == () else norms.pool(norm, groups, plan.sizes)
-    return together.saturated()
+def _pooled(norm: Norm, layout: Layout, groups: Magnitude) -> jax.Array:
+    """The norm of all groups together."""
+    pooled = groups if layout.shape == () else norms.pool(norm, groups, layout.sizes)
+    return pooled.clamped()
 
 
 def _details(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optclip import planning
+from optclip._tree.layout import whole_on_devices_of
 from optclip.clipping import NEEDS_STATE_MSG
 from optclip.state import ClipState
 
@@ -47,7 +47,7 @@ def recording(
         if state.detail:
             by_group = jnp.zeros((*state.detail.norms.shape, BINS), jnp.int32)
         empty = NormHistogram(jnp.zeros([BINS], jnp.int32), by_group)
-        return state._replace(memory=planning.whole_on_devices_of(params, empty))
+        return state._replace(memory=whole_on_devices_of(params, empty))
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optclip.norms import Magnitude, largest, square_root
+from optclip import _numerics
+from optclip.norms import Magnitude
 
 
 class Limiter(NamedTuple):
@@ -25,13 +26,10 @@ class Limiter(NamedTuple):
         name: What messages call it.
         factor: (norm, threshold) -> factor in [0, 1], elementwise. Far above the threshold it
             must fall like threshold / norm.
-        entry: (entry, threshold) -> limited entry, for real arrays whose every entry is a group of
-            its own; None to multiply by the factor.
     """
 
     name: str
     factor: Callable[[jax.Array, jax.Array], jax.Array]
-    entry: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
 
 def _rescale(norm: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -47,9 +45,7 @@ def _smooth(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     return jnp.where(closed & (norm > 0), 0, 1) / (1 + jnp.where(opened | closed, 0, ratio))
 
 
-rescale = Limiter(
-    "rescale", _rescale, entry=lambda entry, threshold: jnp.clip(entry, -threshold, threshold)
-)
+rescale = Limiter("rescale", _rescale)
 """The classic clip, min(1, threshold / norm): below the threshold nothing changes."""
 
 smooth = Limiter("smooth", _smooth)
@@ -76,13 +72,13 @@ def clipped_norm(magnitude: Magnitude, factor: Factor) -> jax.Array:
     """What is left of a norm, which may itself be too large for a float32."""
     left = magnitude.value * factor.fine * (factor.coarse / jnp.minimum(magnitude.scale, 1))
     left = left / jnp.maximum(magnitude.scale, 1)
-    most = largest(left.dtype)
+    most = _numerics.largest(left.dtype)
     return jnp.where(jnp.isfinite(magnitude.value), jnp.minimum(left, most), left)
 
 
 def factor_of(limiter: Limiter, magnitude: Magnitude, threshold: jax.Array) -> Factor:
     """The factor for a norm of any magnitude, right where norm or factor leave float32's range."""
-    norm, scale = magnitude.saturated(), magnitude.scale
+    norm, scale = magnitude.clamped(), magnitude.scale
     deep = threshold < norm * 2.0**-60
     root = jnp.sqrt(jnp.where(deep, threshold, 1)) / jnp.sqrt(jnp.where(deep, norm, 1))
     # A constant to derivatives: the fine factor is taken at the norm that the coarse one leaves.
@@ -103,11 +99,11 @@ def root_of_factor(limiter: Limiter, magnitude: Magnitude, threshold: jax.Array)
     if limiter is rescale:  # Others may read what changes, and must be called anew each time.
         return _root_of_rescale(magnitude, threshold)
     factor = factor_of(limiter, magnitude, threshold)
-    return square_root(factor.coarse) * square_root(factor.fine)
+    return _numerics.square_root(factor.coarse) * _numerics.square_root(factor.fine)
 
 
 @jax.jit
 def _root_of_rescale(magnitude: Magnitude, threshold: jax.Array) -> jax.Array:
     """For pieces: traced once for all that are alike. Roots are in range where factors are not."""
-    norm = square_root(magnitude.value) / jnp.sqrt(magnitude.scale)
-    return _rescale(norm, square_root(threshold))
+    norm = _numerics.square_root(magnitude.value) / jnp.sqrt(magnitude.scale)
+    return _rescale(norm, _numerics.square_root(threshold))

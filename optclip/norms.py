@@ -11,7 +11,7 @@ across leaves and across devices, and only the total is finished into a norm::
 Statistics are accumulated in float32, or in float64 for float64 leaves, whatever the type of the
 gradient. A sum of squares leaves float32's range long before the norm does (at entries of 1e19
 and of 1e-19), so a leaf can be measured at a `scale`: once plainly, and again at a power of two
-only where the first answer was out of range. `optclip.measuring` does that; nothing here sees a
+only where the first answer was out of range. `optclip._tree.measure` does that; nothing here sees a
 tree.
 """
 
@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optclip import _jax
+from optclip import _jax, _numerics
+from optclip._numerics import Axes
 
-Axes = tuple[int, ...]
 Size = int | float | np.ndarray | jax.Array
 
 
@@ -65,62 +65,15 @@ class Norm(NamedTuple):
     entries: Callable[[jax.Array, jax.Array | None], jax.Array] | None = None
 
 
-def accumulator(dtype: Any) -> np.dtype:
-    """The dtype a leaf is measured and rescaled in: float32, or float64 for 64-bit leaves."""
-    if dtype in (jnp.float64, jnp.complex128):
-        return jnp.dtype(jnp.float64)
-    return jnp.dtype(jnp.float32)
-
-
-def wide_dtype(x: jax.Array, dtype: np.dtype | None = None) -> np.dtype:
-    """The accumulator dtype of `x` (or `dtype`), or the complex one of the same precision."""
-    dtype = accumulator(x.dtype) if dtype is None else dtype
-    if jnp.iscomplexobj(x):
-        return jnp.dtype(jnp.complex128 if dtype == jnp.float64 else jnp.complex64)
-    return dtype
-
-
-def widened(x: jax.Array, dtype: np.dtype | None = None) -> jax.Array:
-    """`x` in its `wide_dtype`."""
-    wide = wide_dtype(x, dtype)
-    return x if x.dtype == wide else x.astype(wide)
-
-
 def read(x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
     """A leaf as statistics read it: widened, and scaled.
 
     The barrier keeps XLA from sharing this cast with that of the rescaling pass, which would write
     a float32 copy of the whole gradient to memory. Where there is no cast there is no barrier.
     """
-    if x.dtype != wide_dtype(x):
-        x = widened(lax.optimization_barrier(x))
-    return x if scale is None else scaled(x, scale)
-
-
-def apart(arrays: list[jax.Array]) -> list[jax.Array]:
-    """The same arrays, to XLA different ones, even where one of them stands there several times.
-
-    A scalar that multiplies several leaves of one shape is broadcast once for all of them, and that
-    is written to memory; as a scalar of its own for every leaf it is not.
-    """
-    if len({id(x) for x in arrays}) == len(arrays):
-        return arrays
-    return list(lax.optimization_barrier(tuple(arrays)))
-
-
-def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """`x` times a real factor, a complex `x` part by part: inf times a complex 1 would be NaN."""
-    if jnp.iscomplexobj(x):
-        return lax.complex(scaled(x.real, factor), scaled(x.imag, factor))
-    return x * (factor if factor.dtype == x.dtype else factor.astype(x.dtype))
-
-
-def modulus(x: jax.Array) -> jax.Array:
-    """|x|, with derivative 0 at 0 for complex entries too (jnp.abs gives NaN there)."""
-    if not jnp.iscomplexobj(x):
-        return jnp.abs(x)
-    zero = x == 0
-    return jnp.where(zero, 0, jnp.abs(jnp.where(zero, jnp.ones_like(x), x)))
+    if x.dtype != _numerics.wide_dtype(x):
+        x = _numerics.widened(lax.optimization_barrier(x))
+    return x if scale is None else _numerics.scaled(x, scale)
 
 
 def _root(statistic: jax.Array, power: float) -> jax.Array:
@@ -131,10 +84,6 @@ def _root(statistic: jax.Array, power: float) -> jax.Array:
     return jnp.where(zero, jnp.zeros_like(statistic), root)
 
 
-def _sum(x: jax.Array, axes: Axes) -> jax.Array:
-    return jnp.sum(x, axis=axes, keepdims=len(axes) < x.ndim)
-
-
 def _squares(x: jax.Array, scale: jax.Array | None) -> jax.Array:
     x = read(x, scale)
     if jnp.iscomplexobj(x):
@@ -143,20 +92,7 @@ def _squares(x: jax.Array, scale: jax.Array | None) -> jax.Array:
 
 
 def _moduli(x: jax.Array, scale: jax.Array | None) -> jax.Array:
-    return modulus(read(x, scale))
-
-
-@jax.custom_jvp
-def square_root(x: jax.Array) -> jax.Array:
-    """The square root, with derivative 0 at 0, in a form that XLA fuses into a reduction."""
-    return jnp.sqrt(x)
-
-
-@square_root.defjvp
-def _square_root_jvp(primals: tuple[jax.Array], tangents: tuple[Any]) -> Any:
-    root = square_root(primals[0])
-    zero = root == 0
-    return root, jnp.where(zero, 0, 0.5 / jnp.where(zero, 1, root)) * tangents[0]
+    return _numerics.modulus(read(x, scale))
 
 
 @jax.custom_jvp
@@ -174,28 +110,17 @@ def _power_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[Any, Any]) 
 
 
 def _powers(x: jax.Array, scale: jax.Array | None, *, power: float) -> jax.Array:
-    dtype = accumulator(x.dtype)
+    dtype = _numerics.accumulator(x.dtype)
     factor = jnp.ones([], dtype) if scale is None else scale
     x, factor, exponent = lax.optimization_barrier((x, factor, jnp.full([], power, dtype)))
-    return _power(modulus(scaled(widened(x), factor)), exponent)
-
-
-def poison(x: jax.Array, axes: Axes) -> jax.Array:
-    """0 where all entries along `axes` are finite, NaN elsewhere.
-
-    XLA's maximum of a large array on a CPU passes over NaN. A sum does not: 0 * x adds nothing
-    where x is finite and NaN elsewhere. It reads the leaf once more.
-    """
-    x, nothing = lax.optimization_barrier((x, jnp.zeros([], accumulator(x.dtype))))
-    zero = scaled(widened(x), nothing)
-    return _sum(zero.real if jnp.iscomplexobj(zero) else zero, axes)
+    return _power(_numerics.modulus(_numerics.scaled(_numerics.widened(x), factor)), exponent)
 
 
 def _largest(x: jax.Array, axes: Axes, scale: jax.Array | None) -> jax.Array:
     kept = len(axes) < x.ndim
-    peak = jnp.max(modulus(read(x, scale)), axis=axes, keepdims=kept, initial=0)
+    peak = jnp.max(_numerics.modulus(read(x, scale)), axis=axes, keepdims=kept, initial=0)
     # Infinity is as non-finite as NaN, and no later maximum passes over it.
-    return jnp.where(jnp.isnan(poison(x, axes)), jnp.inf, peak)
+    return jnp.where(jnp.isnan(_numerics.nan_if_nonfinite(x, axes)), jnp.inf, peak)
 
 
 def _mean(statistic: jax.Array, size: Size) -> jax.Array:
@@ -207,7 +132,7 @@ def _of_sums(name: str, degree: float, entries: Callable[..., jax.Array], **othe
     return Norm(
         name,
         degree,
-        statistic=lambda x, axes, scale: _sum(entries(x, scale), axes),
+        statistic=lambda x, axes, scale: _numerics.sum_along(entries(x, scale), axes),
         combine=jnp.sum,
         across=lax.psum,
         entries=entries,
@@ -309,14 +234,16 @@ class Magnitude(NamedTuple):
     value: jax.Array
     scale: jax.Array
 
-    def saturated(self) -> jax.Array:
+    def clamped(self) -> jax.Array:
         """The norm as one number, held to the largest finite one where it would overflow.
 
         A gradient of finite entries is finite, even when its norm is not a float32; only a
         gradient with a non-finite entry has a non-finite norm.
         """
         norm = self.value / self.scale
-        return jnp.where(jnp.isfinite(self.value), jnp.minimum(norm, largest(norm.dtype)), norm)
+        return jnp.where(
+            jnp.isfinite(self.value), jnp.minimum(norm, _numerics.largest(norm.dtype)), norm
+        )
 
 
 class _Range(NamedTuple):
@@ -342,26 +269,13 @@ _RANGES = {
 }
 
 
-def largest(dtype: Any) -> float:
-    """The largest finite number of `dtype`."""
-    return float(jnp.finfo(dtype).max)
-
-
-def narrowed(norms: jax.Array, dtype: Any) -> jax.Array:
-    """Norms in another float type; what is finite stays so, at most its largest number."""
-    if norms.dtype == dtype:
-        return norms
-    most = min(largest(dtype), largest(norms.dtype))
-    return jnp.where(jnp.isfinite(norms), jnp.minimum(norms, most), norms).astype(dtype)
-
-
 def can_leave_range(dtype: Any) -> bool:
     """Whether squares of `dtype` can leave their accumulator's range; 8- and 16-bit floats' cannot.
 
     The exception among the narrow ones is bfloat16, which has float32's exponents.
     """
     info = jnp.finfo(dtype)
-    limits = _RANGES[accumulator(dtype)]
+    limits = _RANGES[_numerics.accumulator(dtype)]
     highest = 2 * math.log2(float(info.max)) + 40  # A sum of 2^40 squares.
     lowest = 2 * math.log2(float(info.tiny))
     return highest > math.log2(limits.high) or lowest < math.log2(limits.lost)

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optclip.guarding import SafeguardState
-from optclip.planning import is_floating
-from optclip.scopes import array_in, leaves_with_paths
-from optclip.skipping import SkipState
+from optclip._numerics import is_floating
+from optclip._paths import array_in, leaves_with_paths
+from optclip.methods.safeguard import SafeguardState
+from optclip.methods.skip_spikes import SkipState
 from optclip.state import ClipState, LeafDetail
 
 _CLIP = (

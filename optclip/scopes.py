@@ -6,9 +6,8 @@ A scope says which axes of a leaf one group spans and which leaves share a group
     leaf            a group per leaf
     group(labels)   a group per label
     unit(axes)      groups within a leaf: for most layers, the weights into one output
-    element         every entry is its own group
 
-`optclip.measuring` looks at a tree with a scope, and walks it.
+`optclip._tree.measure` looks at a tree with a scope, and walks it.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -17,7 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from optclip.norms import Axes
+from optclip._numerics import Axes
+from optclip._paths import answer_per_leaf
 
 Label = Hashable
 AxesOf = Callable[[str, tuple[int, ...]], Axes | int | None]
@@ -34,7 +34,6 @@ class Scope(NamedTuple):
             None leaves a leaf alone. The function itself is None where groups stay within leaves.
         order: The labels in the order of their groups; None for the order of appearance.
         one_group: Whether there is one norm, a scalar, however many leaves there are (also none).
-        per_entry: Whether entries are limited one by one, by the one threshold.
         whole_leaves: Whether no leaf is divided, whatever its shape.
     """
 
@@ -43,7 +42,6 @@ class Scope(NamedTuple):
     labels: Callable[[Any], Sequence[Label | None]] | None = None
     order: tuple[Label, ...] | None = None
     one_group: bool = False
-    per_entry: bool = False
     whole_leaves: bool = False
 
 
@@ -60,9 +58,6 @@ tree = Scope("tree", _whole, labels=_same, one_group=True, whole_leaves=True)
 
 leaf = Scope("leaf", _whole, whole_leaves=True)
 """Every leaf has a norm of its own."""
-
-element = Scope("element", _whole, labels=_same, one_group=True, per_entry=True, whole_leaves=True)
-"""Every entry is its own group. The norm reported, and shown to rules, is the largest modulus."""
 
 
 def group(labels: Any, order: Sequence[Label] | None = None) -> Scope:
@@ -153,44 +148,3 @@ def fan_in_axes(path: str, shape: tuple[int, ...]) -> Axes:
     if sum(length > 1 for length in shape) <= 1:
         return tuple(range(rank))
     return (0,) if rank <= 3 else tuple(range(rank - 1))
-
-
-def leaves_with_paths(updates: Any) -> list[tuple[str, Any]]:
-    """The leaves with their paths ("block_0/attention/kernel"), in order."""
-    found: list[tuple[Any, Any]] = []
-    for path, node in jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_variable)[0]:
-        if is_variable(node):
-            # Parameters in an nnx variable have the path of the gradient, which is in none.
-            inside, _ = jax.tree_util.tree_flatten_with_path(node)
-            found += [(path + rest[1:], x) for rest, x in inside]
-        else:
-            found.append((path, node))
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in found]
-
-
-def is_variable(node: Any) -> bool:
-    """Whether a node of a tree is a variable of Flax nnx, which holds an array."""
-    return hasattr(node, "get_value")
-
-
-def array_in(node: Any) -> Any:
-    """The array in a leaf of a state; `nnx.Optimizer` wraps its leaves in variables."""
-    return node.get_value() if is_variable(node) else node
-
-
-def answer_per_leaf(question: Any, updates: Any, name: str) -> list[Any]:
-    """One answer per leaf, from a function of the path or from a (prefix) tree of answers."""
-    if callable(question):
-        return [question(path) for path, _ in leaves_with_paths(updates)]
-    is_answer = lambda x: x is None or isinstance(x, jax.sharding.PartitionSpec)  # noqa: E731
-    try:
-        spread = jax.tree.broadcast(question, updates, is_leaf=is_answer)
-    except ValueError as error:
-        raise ValueError(
-            f"{name}= must be a function from path to answer, or a tree whose structure is that of "
-            f"the updates or a prefix of it: {error}"
-        ) from None
-    answers = jax.tree.leaves(spread, is_leaf=is_answer)
-    # A hole in the tree is no leaf, but is answered like one.
-    leaves = jax.tree.leaves(updates, is_leaf=lambda x: x is None)
-    return [answer for answer, x in zip(answers, leaves, strict=True) if x is not None]

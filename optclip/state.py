@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import norms, planning
+from optclip import _numerics
+from optclip._tree.layout import whole_on_devices_of
 from optclip.thresholds.rules import Memory, Step
 
 RECENT_STEPS = 128
@@ -92,9 +93,9 @@ class Outcome(NamedTuple):
     share: jax.Array
 
 
-def fresh(params: Any, memory: Memory = (), detail: Detail | tuple[()] = ()) -> ClipState:
+def init_state(params: Any, memory: Memory = (), detail: Detail | tuple[()] = ()) -> ClipState:
     """The state before the first step."""
-    dtype = planning.tree_dtype(params)
+    dtype = _numerics.tree_dtype(params)
     state = ClipState(
         count=jnp.zeros([], jnp.int32),
         nonfinite_steps=jnp.zeros([], jnp.int32),
@@ -108,10 +109,10 @@ def fresh(params: Any, memory: Memory = (), detail: Detail | tuple[()] = ()) -> 
         detail=detail,
     )
     # Where the parameters lie on a mesh, so does the state: one compilation, not two.
-    return planning.whole_on_devices_of(params, state)
+    return whole_on_devices_of(params, state)
 
 
-def advanced(
+def update_state(
     state: ClipState, outcome: Outcome, memory: Memory = (), detail: Detail | tuple[()] = ()
 ) -> ClipState:
     """The state after a step."""
@@ -138,7 +139,7 @@ def advanced(
     def kept(old: jax.Array, x: jax.Array) -> jax.Array:
         """As the state keeps it: a gradient may be wider than the parameters it was made for."""
         floating = jnp.issubdtype(old.dtype, jnp.floating)
-        return norms.narrowed(x, old.dtype) if floating else x.astype(old.dtype)
+        return _numerics.narrowed(x, old.dtype) if floating else x.astype(old.dtype)
 
     return jax.tree.map(kept, state, new)
 
@@ -148,7 +149,7 @@ def step_of(state: ClipState) -> Step:
     return Step(state.count, state.count - state.nonfinite_steps)
 
 
-def kept_unless(learned: jax.Array, new: Memory, old: Memory) -> Memory:
+def where_learned(learned: jax.Array, new: Memory, old: Memory) -> Memory:
     """The new memory where something was learned, group by group; the old one elsewhere."""
     return jax.tree.map(lambda a, b: jnp.where(jnp.broadcast_to(learned, b.shape), a, b), new, old)
 

@@ -1,6 +1,16 @@
 """The named methods: each a composition of a few lines, with its formula, defaults and source."""
 
-from optclip.methods.adaptive import (
+from optclip.methods.clip_by_value import clip_by_value
+from optclip.methods.clippy import clippy
+from optclip.methods.fixed import (
+    clip_by_block_rms,
+    clip_by_global_norm,
+    clip_by_group_norm,
+    clip_by_leaf_norm,
+    measure_norms,
+    smooth_clip,
+)
+from optclip.methods.learned import (
     adagc,
     autoclip,
     clip_by_moving_average,
@@ -9,18 +19,8 @@ from optclip.methods.adaptive import (
     robust_clip,
     zclip,
 )
-from optclip.methods.clippy import clippy
-from optclip.methods.fixed import (
-    clip_by_block_rms,
-    clip_by_global_norm,
-    clip_by_group_norm,
-    clip_by_leaf_norm,
-    clip_by_value,
-    measure_norms,
-    smooth_clip,
-)
 from optclip.methods.relative import adaptive_grad_clip, clip_by_param_norm
-from optclip.methods.spam import spam_clip
+from optclip.methods.spam_clip import spam_clip
 
 __all__ = [
     "adagc",

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optclip import changing, devices, norms, pieces, planning, scopes
+from optclip import _numerics, scopes
+from optclip._checks import at, check_number
+from optclip._tree import devices, limit, pieces
+from optclip._tree.layout import Layout, layout_of, select_leaves, shape_of_norms
 from optclip.clipping import NO_PARAMS_MSG, Nonfinite, check_nonfinite
 from optclip.limiters import Factor
-from optclip.state import ClipState, LeafDetail, Outcome, advanced, fresh
-from optclip.thresholds.checking import at, check_number
+from optclip.state import ClipState, LeafDetail, Outcome, init_state, update_state
 
 
 def clippy(
@@ -64,19 +66,19 @@ def clippy(
         systems", 2023, arXiv:2302.09178. The released optimizer also adds a term relative to
         Adagrad's accumulator, zero by default, which a transformation of the update cannot see.
     """
-    check_number(relative, "clippy(relative=...)", mend="the default is 0.1")
-    check_number(absolute, "clippy(absolute=...)", mend="the default is 1e-7")
+    check_number(relative, "relative=", mend="the default is 0.1")
+    check_number(absolute, "absolute=", mend="the default is 1e-7")
     check_nonfinite(nonfinite)
 
-    def look(updates: Any) -> planning.Plan:
-        return planning.plan(scopes.leaf, updates, axis_name, sharded)
+    def look(updates: Any) -> Layout:
+        return layout_of(scopes.leaf, updates, axis_name, sharded)
 
     def init(params: Any) -> ClipState:
         if not detail:
-            return fresh(params)
-        shape = planning.shape_of_norms(scopes.leaf, params, axis_name, sharded)
-        dtype = planning.tree_dtype(params)
-        return fresh(params, (), LeafDetail(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+            return init_state(params)
+        shape = shape_of_norms(scopes.leaf, params, axis_name, sharded)
+        dtype = _numerics.tree_dtype(params)
+        return init_state(params, (), LeafDetail(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -85,11 +87,11 @@ def clippy(
         if params is None:
             raise ValueError(NO_PARAMS_MSG)
         state = init(updates) if state is None else state
-        plan = look(updates)
-        rho, alpha = (at(x, state.count, jnp.zeros([], plan.dtype)) for x in (relative, absolute))
+        layout = look(updates)
+        rho, alpha = (at(x, state.count, jnp.zeros([], layout.dtype)) for x in (relative, absolute))
         with jax.named_scope("optclip/measure"):
-            by_leaf = _roots_of_ratios(plan, updates, params, rho, alpha)
-            roots = pieces.joined(plan, by_leaf)
+            by_leaf = _roots_of_ratios(layout, updates, params, rho, alpha)
+            roots = pieces.concatenate(layout, by_leaf)
             finite = jnp.all(jnp.isfinite(roots))
         with jax.named_scope("optclip/limit"):
             # Where the bound is 0 nothing may move.
@@ -101,10 +103,12 @@ def clippy(
 
             factor = factor_of(roots)
             factors = {start: factor_of(root) for start, root in by_leaf.items()}
-            updates = changing.rescale(plan, updates, factors)
+            updates = limit.rescale(layout, updates, factors)
             if nonfinite == "zero":
-                updates = changing.zeroed_unless(finite, updates)
-        ratios = jnp.where(finite, jnp.minimum(roots * roots, norms.largest(plan.dtype)), roots)
+                updates = limit.zeroed_unless(finite, updates)
+        ratios = jnp.where(
+            finite, jnp.minimum(roots * roots, _numerics.largest(layout.dtype)), roots
+        )
         product = jnp.where(finite, factor.product(), 0 if nonfinite == "zero" else 1)
         left = (roots * factor.coarse) * (roots * factor.fine)
         clipped = jnp.where(finite, left, 0 if nonfinite == "zero" else ratios)
@@ -112,17 +116,19 @@ def clippy(
             finite=finite,
             norm=_largest(ratios, finite),
             clipped_norm=_largest(clipped, finite | (nonfinite == "zero")),
-            threshold=jnp.ones([], plan.dtype),
+            threshold=jnp.ones([], layout.dtype),
             factor=jnp.min(product, initial=1),
-            share=jnp.mean((finite & (roots > 1)).astype(plan.dtype)) if roots.size else rho * 0,
+            share=jnp.mean((finite & (roots > 1)).astype(layout.dtype)) if roots.size else rho * 0,
         )
-        return updates, advanced(state, outcome, (), LeafDetail(ratios, clipped) if detail else ())
+        return updates, update_state(
+            state, outcome, (), LeafDetail(ratios, clipped) if detail else ()
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _roots_of_ratios(
-    plan: planning.Plan, updates: Any, params: Any, relative: jax.Array, absolute: jax.Array
+    layout: Layout, updates: Any, params: Any, relative: jax.Array, absolute: jax.Array
 ) -> pieces.Pieces:
     """Of each leaf the largest ratio of an entry to its bound, as its square root.
 
@@ -130,31 +136,33 @@ def _roots_of_ratios(
     """
 
     def of_leaf(x: jax.Array, w: jax.Array) -> jax.Array:
-        poison = norms.poison(x, tuple(range(x.ndim)))
-        least = jnp.full([], jnp.finfo(norms.accumulator(w.dtype)).tiny, plan.dtype)
-        half = jnp.full([], 0.5, plan.dtype)
+        poison = _numerics.nan_if_nonfinite(x, tuple(range(x.ndim)))
+        least = jnp.full([], jnp.finfo(_numerics.accumulator(w.dtype)).tiny, layout.dtype)
+        half = jnp.full([], 0.5, layout.dtype)
         # No bound at all is none for parameters of 0 either.
         alpha = jnp.where(jnp.isinf(relative), jnp.inf, absolute)
-        rho = jnp.minimum(relative, norms.largest(relative.dtype))
+        rho = jnp.minimum(relative, _numerics.largest(relative.dtype))
         # Through one barrier with the scalars, so that leaves of one shape share no broadcast.
         x, w, *scalars = lax.optimization_barrier((x, w, rho, alpha, least, half))
         rho, alpha, least, half = scalars
         # Halves, since the modulus of a complex number may overflow where its parts do not.
-        size = norms.modulus(norms.scaled(norms.widened(x), half))
-        weight = norms.modulus(norms.scaled(norms.widened(w), half))
+        size = _numerics.modulus(_numerics.scaled(_numerics.widened(x), half))
+        weight = _numerics.modulus(_numerics.scaled(_numerics.widened(w), half))
         rho, alpha, least = (x.astype(weight.dtype) for x in (rho, half * alpha, least))
         bound = jnp.maximum(rho * weight + alpha, least)
-        root = jnp.max(norms.square_root(size) / norms.square_root(bound).astype(size.dtype))
-        return jnp.where(jnp.isfinite(poison), root, jnp.inf).astype(plan.dtype)
+        root = jnp.max(
+            _numerics.square_root(size) / _numerics.square_root(bound).astype(size.dtype)
+        )
+        return jnp.where(jnp.isfinite(poison), root, jnp.inf).astype(layout.dtype)
 
-    pairs = zip(planning.picked(plan, updates), planning.picked(plan, params), strict=True)
+    pairs = zip(select_leaves(layout, updates), select_leaves(layout, params), strict=True)
     roots = {
-        member.start: of_leaf(x, w) for member, (x, w) in zip(plan.members, pairs, strict=True)
+        member.start: of_leaf(x, w) for member, (x, w) in zip(layout.members, pairs, strict=True)
     }
-    if not plan.axis_names:
+    if not layout.axis_names:
         return roots
-    own = devices.as_varying(pieces.joined(plan, roots), plan.axis_names)
-    return pieces.cut(plan, lax.pmax(own, plan.axis_names))
+    own = devices.as_varying(pieces.concatenate(layout, roots), layout.axis_names)
+    return pieces.split(layout, lax.pmax(own, layout.axis_names))
 
 
 def _largest(ratios: jax.Array, finite: jax.Array) -> jax.Array:

@@ -7,61 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from optclip import histograms, limiters, norms, scopes, thresholds
+from optclip._checks import check_number
 from optclip.clipping import Nonfinite, clip_by
 from optclip.norms import Norm
 from optclip.scopes import Scope
-
-
-def clip_by_value(
-    max_delta: Any,
-    *,
-    axis_name: Any = None,
-    sharded: Any = None,
-    nonfinite: Nonfinite = "propagate",
-    detail: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Clamps every entry to [-max_delta, max_delta]: value truncation, which turns the gradient.
-
-    .. math:: u_i \leftarrow \max(-\delta, \min(u_i, \delta))
-
-    Like `optax.clip`, Keras' `clipvalue`.
-
-    A norm clip keeps the direction of the gradient and shortens it; this one cuts the large
-    entries and keeps the small ones. Complex entries are limited in modulus and keep their phase
-    (`optax.clip` refuses them).
-
-    Args:
-        max_delta: Largest modulus of an entry, in units of the gradient; a number, traced scalar
-            or Optax schedule. There is no customary value.
-        axis_name: See `clip_by`.
-        sharded: See `clip_by`.
-        nonfinite: See `clip_by`. "propagate" keeps the whole gradient as it is, infinities too.
-        detail: See `clip_by`.
-
-    Returns:
-        An `optax.GradientTransformationExtraArgs` with a `ClipState`. `norm` reads the largest
-        entry, `clip_rate` the share of entries clipped. The readings take two passes over the
-        gradient (one for the largest entry, one for NaN), and a third to count where entries are
-        clipped.
-
-    Raises:
-        ValueError: If `max_delta` is concrete and negative or NaN.
-
-    Example:
-        >>> import jax.numpy as jnp, optclip
-        >>> clip = optclip.clip_by_value(1.0)
-        >>> updates, _ = clip.update(jnp.array([3.0, -0.5]), None)
-        >>> updates.tolist()
-        [1.0, -0.5]
-    """
-    return clip_by(
-        thresholds.constant(max_delta, "clip_by_value(max_delta=...)"),
-        scope=scopes.element,
-        axis_name=axis_name,
-        sharded=sharded,
-        nonfinite=nonfinite,
-        detail=detail,
-    )
 
 
 def clip_by_global_norm(
@@ -112,8 +61,9 @@ def clip_by_global_norm(
         Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks",
         2012, arXiv:1211.5063.
     """
+    check_number(max_norm, "max_norm=", mend="pass jnp.inf to switch clipping off")
     return clip_by(
-        thresholds.constant(max_norm, "clip_by_global_norm(max_norm=...)"),
+        max_norm,
         norm=norms.l2 if ord is None else norms.lp(ord),
         axis_name=axis_name,
         sharded=sharded,
@@ -162,8 +112,9 @@ def clip_by_leaf_norm(
         >>> float(updates["b"][0]), float(optclip.metrics(state)["clip/clip_rate"])
         (0.5, 0.5)
     """
+    check_number(max_norm, "max_norm=", mend="pass jnp.inf to switch clipping off")
     return clip_by(
-        thresholds.constant(max_norm, "clip_by_leaf_norm(max_norm=...)"),
+        max_norm,
         scope=scopes.leaf,
         axis_name=axis_name,
         sharded=sharded,
@@ -220,15 +171,15 @@ def clip_by_group_norm(
         >>> round(float(updates["embedding"][0]), 6), float(updates["dense"][0])
         (0.1, 0.5)
     """
-    name = "clip_by_group_norm(max_norm=...)"
+    rule, order = max_norm, None
     if isinstance(max_norm, Mapping):
         if not max_norm:
             raise ValueError(
-                f"{name} must name at least one label, got {max_norm!r}; pass a number"
+                f"max_norm= must name at least one label, got {max_norm!r}; pass a number"
             )
-        rule, order = thresholds.per_group(dict(max_norm), name), list(max_norm)
+        rule, order = thresholds.per_group(max_norm), list(max_norm)
     else:
-        rule, order = thresholds.constant(max_norm, name), None
+        check_number(max_norm, "max_norm=", mend="pass jnp.inf to switch clipping off")
     return clip_by(
         rule,
         scope=scopes.group(labels, order),
@@ -282,8 +233,9 @@ def clip_by_block_rms(
         Shazeer and Stern, "Adafactor: adaptive learning rates with sublinear memory cost", 2018,
         arXiv:1804.04235.
     """
+    check_number(threshold, "threshold=", mend="pass jnp.inf to switch clipping off")
     return clip_by(
-        thresholds.constant(threshold, "clip_by_block_rms(threshold=...)"),
+        threshold,
         scope=scopes.leaf,
         norm=norms.rms,
         axis_name=axis_name,
@@ -335,8 +287,9 @@ def smooth_clip(
         Zhang, He, Sra and Jadbabaie, "Why gradient clipping accelerates training", 2019,
         arXiv:1905.11881.
     """
+    check_number(max_norm, "max_norm=", mend="pass jnp.inf to switch clipping off")
     return clip_by(
-        thresholds.constant(max_norm, "smooth_clip(max_norm=...)"),
+        max_norm,
         limiter=limiters.smooth,
         axis_name=axis_name,
         sharded=sharded,
@@ -387,7 +340,7 @@ def measure_norms(
         5.0
     """
     measured = clip_by(
-        thresholds.constant(jnp.inf),
+        jnp.inf,
         scope=scope,
         norm=norm,
         axis_name=axis_name,

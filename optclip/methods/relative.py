@@ -5,6 +5,7 @@ from typing import Any
 import optax
 
 from optclip import scopes, thresholds
+from optclip._checks import check_number
 from optclip.clipping import Nonfinite, clip_by
 from optclip.scopes import Scope
 
@@ -70,8 +71,9 @@ def adaptive_grad_clip(
         Brock, De, Smith and Simonyan, "High-performance large-scale image recognition without
         normalization", 2021, arXiv:2102.06171.
     """
+    check_number(clipping, "clipping=", mend="pass jnp.inf to switch clipping off")
     return clip_by(
-        thresholds.relative_to_params(clipping, eps, "adaptive_grad_clip", ratio_name="clipping"),
+        thresholds.relative_to_params(clipping, eps),
         scope=scopes.unit(axis),
         axis_name=axis_name,
         sharded=sharded,
@@ -132,7 +134,7 @@ def clip_by_param_norm(
         learning rates with sublinear memory cost", 2018, arXiv:1804.04235.
     """
     return clip_by(
-        thresholds.relative_to_params(ratio, eps, "clip_by_param_norm", eps_is_rms=True),
+        thresholds.relative_to_params(ratio, eps, eps_is_rms=True),
         scope=scope,
         axis_name=axis_name,
         sharded=sharded,

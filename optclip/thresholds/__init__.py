@@ -9,13 +9,13 @@ Neither a step with a non-finite gradient nor, in its group, a norm of exactly 0
 from: the one says nothing, the other has no scale.
 """
 
-from optclip.thresholds.combining import ceiling, floor, maximum, minimum, switch
-from optclip.thresholds.history import (
+from optclip.thresholds.averages import (
     LearnFrom,
     leaf_average,
     moving_average,
     online_quantile,
 )
+from optclip.thresholds.combinators import maximum, minimum, patient, switch
 from optclip.thresholds.outliers import robust, zscore
 from optclip.thresholds.rules import (
     ParameterNorms,
@@ -34,15 +34,14 @@ __all__ = [
     "Rule",
     "Step",
     "as_rule",
-    "ceiling",
     "constant",
-    "floor",
     "leaf_average",
     "maximum",
     "mean_over_window",
     "minimum",
     "moving_average",
     "online_quantile",
+    "patient",
     "per_group",
     "quantile_over_window",
     "relative_to_params",

@@ -6,8 +6,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optclip.thresholds.checking import at, check_choice, check_decay, check_number, number_at
-from optclip.thresholds.history import LearnFrom, grown, learning, mixed
+from optclip import _numerics
+from optclip._checks import at, check_choice, check_decay, check_number, number_at
 from optclip.thresholds.rules import Rule
 
 
@@ -25,6 +25,14 @@ class Spread(NamedTuple):
     deviation: jax.Array
 
 
+LearnFromOutliers = Literal["raw", "clipped", "winsorized"]
+"""The norm as it came, as it left, or held to the bound of the ordinary ones."""
+
+
+def _check_learn_from(learn_from: LearnFromOutliers) -> None:
+    check_choice(learn_from, ("raw", "clipped", "winsorized"), "learn_from=")
+
+
 ZVariant = Literal["reciprocal", "mean", "max"]
 
 
@@ -33,9 +41,7 @@ def zscore(
     decay: Any,
     warmup_steps: Any,
     variant: ZVariant = "reciprocal",
-    learn_from: LearnFrom = "clipped",
-    patience: Any = None,
-    name: str = "zscore",
+    learn_from: LearnFromOutliers = "clipped",
 ) -> Rule:
     """Acts on norms more than `z_threshold` deviations above the mean; `optclip.zclip`.
 
@@ -45,64 +51,68 @@ def zscore(
         warmup_steps: For how many steps to learn without acting.
         variant: What an outlier is brought to: the mean, mean + z_threshold deviations ("max"), or
             in between, the closer to the mean the larger it was ("reciprocal").
-        learn_from: See `LearnFrom`.
-        patience: After so many clips in a row learn from raw norms; None: never.
-        name: What error messages call the method.
+        learn_from: See `LearnFromOutliers`.
 
     Returns:
         A `Rule` that remembers three numbers per group.
     """
-    check_number(z_threshold, f"{name}(z_threshold=...)", mend="pass jnp.inf to switch it off")
-    check_number(warmup_steps, f"{name}(warmup_steps=...)", mend="pass 0 for none")
-    check_choice(variant, ("reciprocal", "mean", "max"), f"{name}(variant=...)")
-    check_decay(decay, name)
+    check_number(z_threshold, "z_threshold=", mend="pass jnp.inf to switch it off")
+    check_number(warmup_steps, "warmup_steps=", mend="pass 0 for none")
+    check_choice(variant, ("reciprocal", "mean", "max"), "variant=")
+    check_decay(decay)
+    _check_learn_from(learn_from)
     eps = 1e-6  # The paper's, in the denominator of z.
 
-    def make(learn_from: LearnFrom) -> Rule:
-        def init(norms):
-            return Spread(
-                jnp.zeros(norms.shape, jnp.int32), jnp.zeros_like(norms), jnp.zeros_like(norms)
-            )
+    def init(norms):
+        return Spread(
+            jnp.zeros(norms.shape, jnp.int32), jnp.zeros_like(norms), jnp.zeros_like(norms)
+        )
 
-        def warm(memory, step, norms):
-            # Two norms at least: there is no deviation of one.
-            enough = jnp.maximum(number_at(warmup_steps, step.count, norms), 1)
-            return memory.count.astype(norms.dtype) < enough
+    def warm(memory, step, norms):
+        # Two norms at least: there is no deviation of one.
+        enough = jnp.maximum(number_at(warmup_steps, step.count, norms), 1)
+        return memory.count.astype(norms.dtype) < enough
 
-        def threshold(memory, step, norms, params):
-            allowed = at(z_threshold, step.count, norms)
-            padded = memory.deviation + (0 if variant == "max" else eps)
-            level = memory.mean + allowed * padded
-            if variant == "mean":
-                target = memory.mean
-            elif variant == "max":
-                target = level
-            else:
-                z = jnp.where(norms > level, norms - memory.mean, padded) / padded
-                target = memory.mean + allowed * (allowed / z) * memory.deviation
-            limit = jnp.where(norms > level, target, level)
-            return jnp.where(warm(memory, step, norms), jnp.inf, limit)
+    def padded_deviation(memory):
+        return memory.deviation + (0 if variant == "max" else eps)
 
-        def observe(memory, step, norms, clipped_norms):
-            warming = warm(memory, step, norms)
-            reach = at(z_threshold, step.count, norms) * memory.deviation
-            away = (clipped_norms if learn_from == "clipped" else norms) - memory.mean
-            if learn_from == "winsorised":
-                away = jnp.minimum(away, reach)  # Not as a norm, which would round it.
-            away = jnp.where(warming, norms - memory.mean, away)
-            # While it warms up a plain mean and variance, as of a buffer, step by step.
-            before = memory.count.astype(norms.dtype)
-            keep = jnp.where(warming, before / (before + 1), number_at(decay, step.count, norms))
-            mean = memory.mean + (1 - keep) * away
-            # From the new mean a norm is keep * away. The paper takes the variance about the new
-            # mean; a plain one is about both.
-            spread = jnp.abs(away) * jnp.where(warming, jnp.sqrt(keep), keep)
-            deviation = mixed(memory.deviation, spread, keep)
-            return Spread(memory.count + 1, mean, deviation)
+    def level_of(memory, step, norms):
+        return memory.mean + at(z_threshold, step.count, norms) * padded_deviation(memory)
 
-        return Rule(init, threshold, observe, has_memory=True)
+    def threshold(memory, step, norms, params):
+        allowed, padded = at(z_threshold, step.count, norms), padded_deviation(memory)
+        level = level_of(memory, step, norms)
+        if variant == "mean":
+            target = memory.mean
+        elif variant == "max":
+            target = level
+        else:
+            z = jnp.where(norms > level, norms - memory.mean, padded) / padded
+            target = memory.mean + allowed * (allowed / z) * memory.deviation
+        limit = jnp.where(norms > level, target, level)
+        return jnp.where(warm(memory, step, norms), jnp.inf, limit)
 
-    return learning(make, learn_from, patience, name)
+    def observe(memory, step, norms, clipped_norms):
+        warming = warm(memory, step, norms)
+        reach = at(z_threshold, step.count, norms) * memory.deviation
+        away = (clipped_norms if learn_from == "clipped" else norms) - memory.mean
+        if learn_from == "winsorized":
+            # Not as a norm, which would round it. A norm above the level that was not clipped is
+            # one that `patient` accepts.
+            accepted = (norms > level_of(memory, step, norms)) & (clipped_norms >= norms)
+            away = jnp.where(accepted, away, jnp.minimum(away, reach))
+        away = jnp.where(warming, norms - memory.mean, away)
+        # While it warms up a plain mean and variance, as of a buffer, step by step.
+        before = memory.count.astype(norms.dtype)
+        keep = jnp.where(warming, before / (before + 1), number_at(decay, step.count, norms))
+        mean = memory.mean + (1 - keep) * away
+        # From the new mean a norm is keep * away. The paper takes the variance about the new
+        # mean; a plain one is about both.
+        spread = jnp.abs(away) * jnp.where(warming, jnp.sqrt(keep), keep)
+        deviation = _numerics.rms_ema(memory.deviation, spread, keep)
+        return Spread(memory.count + 1, mean, deviation)
+
+    return Rule(init, threshold, observe, has_memory=True)
 
 
 class Level(NamedTuple):
@@ -123,8 +133,7 @@ def robust(
     deviations: Any,
     decay: Any,
     max_rise: Any = float("inf"),
-    learn_from: LearnFrom = "winsorised",
-    name: str = "robust",
+    learn_from: LearnFromOutliers = "winsorized",
 ) -> Rule:
     """A level and a spread of the log norm that outliers hardly move; `optclip.robust_clip`.
 
@@ -133,19 +142,16 @@ def robust(
             negative.
         decay: Share of mean and variance that a step keeps, in [0, 1), after the first steps.
         max_rise: The most that the level may rise in one step, as a share of it.
-        learn_from: "winsorised": log norms held to two deviations about the mean (the level
+        learn_from: "winsorized": log norms held to two deviations about the mean (the level
             believes a smaller one down to a tenth).
-        name: What error messages call the method.
 
     Returns:
         A `Rule` that remembers three numbers per group. The first norm is never clipped.
     """
-    check_number(
-        deviations, f"{name}(deviations=...)", low=-float("inf"), mend="the default is 2.0"
-    )
-    check_number(max_rise, f"{name}(max_rise=...)", mend="pass jnp.inf for no bound")
-    check_decay(decay, name)
-    check_choice(learn_from, ("raw", "clipped", "winsorised"), f"{name}(learn_from=...)")
+    check_number(deviations, "deviations=", low=-float("inf"), mend="the default is 2.0")
+    check_number(max_rise, "max_rise=", mend="pass jnp.inf for no bound")
+    check_decay(decay)
+    _check_learn_from(learn_from)
     held, first_guess, least, tenth = 2.0, 0.25, 0.02, math.log(10)
 
     def init(norms):
@@ -166,7 +172,7 @@ def robust(
         # Logarithms of ratios to the level: exact whatever the scale of the norms.
         ratio = learned / jnp.where(begun, memory.level, learned)
         away = jnp.log(jnp.clip(ratio, 1e-30, 1e30))
-        if learn_from == "winsorised":
+        if learn_from == "winsorized":
             reach = held * jnp.maximum(jnp.sqrt(memory.variance), least)
             spread_from = jnp.clip(away, -reach, reach)
             # A small norm is no danger: the level believes it down to a tenth, and so follows a
@@ -178,7 +184,7 @@ def robust(
         start = 1 - 1 / (memory.count.astype(norms.dtype) + 4)
         keep = jnp.minimum(number_at(decay, step.count, norms), start)
         rise = jnp.minimum((1 - keep) * away, jnp.log1p(number_at(max_rise, step.count, norms)))
-        level = jnp.where(begun, grown(memory.level, rise), learned)
+        level = jnp.where(begun, _numerics.scaled_by_exp(memory.level, rise), learned)
         variance = jnp.where(
             begun, keep * (memory.variance + (1 - keep) * spread_from**2), memory.variance
         )

@@ -1,12 +1,12 @@
 """What a rule is, and the rules without memory: constant, scheduled, relative to the parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from optclip.thresholds.checking import at, check_number
+from optclip._checks import at, check_number
 
 Memory = Any
 
@@ -72,14 +72,13 @@ def _forgetful(
     )
 
 
-def constant(value: Any, name: str = "threshold") -> Rule:
+def constant(value: Any) -> Rule:
     """The same threshold always, or as a schedule of the step says.
 
     Args:
         value: A number or traced scalar (0 stops everything, infinity clips nothing), or an Optax
             schedule: a function from the number of earlier updates to a number. A negative number
             from a schedule or a traced value counts as 0; a NaN clips nothing.
-        name: What error messages call the argument.
 
     Returns:
         A `Rule` without memory.
@@ -92,16 +91,15 @@ def constant(value: Any, name: str = "threshold") -> Rule:
         >>> warming = optax.linear_schedule(0.1, 1.0, transition_steps=1000)
         >>> transform = optclip.clip_by(optclip.thresholds.constant(warming))
     """
-    check_number(value, name, mend="pass jnp.inf to switch clipping off")
+    check_number(value, "a threshold", mend="pass jnp.inf to switch clipping off")
     return _forgetful(lambda memory, step, norms, params: at(value, step.count, norms))
 
 
-def per_group(values: dict[Any, Any], name: str = "threshold") -> Rule:
+def per_group(values: Mapping[Any, Any]) -> Rule:
     """One number or schedule for each group, in the order of `values`.
 
     Args:
         values: From label to number or schedule; the scope must list its groups in this order.
-        name: What error messages call the argument.
 
     Returns:
         A `Rule` without memory.
@@ -109,7 +107,9 @@ def per_group(values: dict[Any, Any], name: str = "threshold") -> Rule:
     Raises:
         ValueError: If a concrete value is not a number of at least 0.
     """
-    rules = [constant(value, f"{name}[{label!r}]") for label, value in values.items()]
+    for label, value in values.items():
+        check_number(value, f"the threshold of label {label!r}", mend="pass jnp.inf for no bound")
+    rules = [constant(value) for value in values.values()]
 
     def threshold(memory, step, norms, params):
         return jnp.stack([rule.threshold((), step, norms, params) for rule in rules])
@@ -120,9 +120,7 @@ def per_group(values: dict[Any, Any], name: str = "threshold") -> Rule:
 def relative_to_params(
     ratio: Any,
     eps: Any,
-    name: str = "relative_to_params",
     *,
-    ratio_name: str = "ratio",
     eps_is_rms: bool = False,
 ) -> Rule:
     """`ratio` times the norm of the parameters, which counts as `eps` where it is smaller.
@@ -132,8 +130,6 @@ def relative_to_params(
             schedule.
         eps: Smallest parameter norm reckoned with, so that parameters that start at zero can
             move; number, traced scalar or schedule.
-        name: What error messages call the function.
-        ratio_name: What error messages call its first argument.
         eps_is_rms: Whether `eps` is a root mean square, to be multiplied by the square root of the
             number of entries, and not a norm.
 
@@ -143,8 +139,8 @@ def relative_to_params(
     Raises:
         ValueError: If `ratio` or `eps` is concrete and negative or NaN.
     """
-    check_number(ratio, f"{name}({ratio_name})", mend="pass jnp.inf to switch clipping off")
-    check_number(eps, f"{name}(eps)", mend="pass 0 for no floor")
+    check_number(ratio, "ratio=", mend="pass jnp.inf to switch clipping off")
+    check_number(eps, "eps=", mend="pass 0 for no floor")
 
     def threshold(memory, step, norms, params):
         if params is None:
@@ -160,9 +156,9 @@ def relative_to_params(
     return _forgetful(threshold, needs_params=True)
 
 
-def as_rule(rule: Any, name: str = "rule") -> Rule:
+def as_rule(rule: Any) -> Rule:
     """`rule` itself if it is a `Rule`; a constant or scheduled one if a number or function."""
-    return rule if isinstance(rule, Rule) else constant(rule, name)
+    return rule if isinstance(rule, Rule) else constant(rule)
 
 
 def first_memory(rule: Rule, norms: jax.Array) -> Memory:

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optclip.thresholds.checking import check_count, check_number, number_at
-from optclip.thresholds.history import LearnFrom, learning, seen
+from optclip._checks import check_count, check_number, number_at
+from optclip.thresholds.averages import LearnFrom, check_learn_from, feed
 from optclip.thresholds.rules import Rule
 
 
@@ -46,8 +46,6 @@ def mean_over_window(
     deviations: Any,
     window: int,
     learn_from: LearnFrom = "raw",
-    patience: Any = None,
-    name: str = "mean_over_window",
 ) -> Rule:
     """The mean of the last norms plus some of their standard deviations; `optclip.clip_by_window`.
 
@@ -55,46 +53,39 @@ def mean_over_window(
         deviations: How many deviations above the mean a norm may be.
         window: How many norms to remember; a plain number. Nothing is clipped before half of them.
         learn_from: See `LearnFrom`.
-        patience: After so many clips in a row learn from raw norms; None: never.
-        name: What error messages call the method.
 
     Returns:
         A `Rule` that remembers `window` numbers per group.
     """
-    window = check_count(window, f"{name}(window=...)")
-    check_number(deviations, f"{name}(deviations=...)", mend="pass jnp.inf to switch it off")
+    window = check_count(window, "window=")
+    check_number(deviations, "deviations=", mend="pass jnp.inf to switch it off")
+    check_learn_from(learn_from)
     least = 1e-6  # Of the mean: rounding makes a deviation of about that of equal norms.
 
-    def make(learn_from: LearnFrom) -> Rule:
-        def threshold(memory, step, norms, params):
-            filled = _filled(memory)
-            among = jnp.maximum(jnp.sum(filled.astype(norms.dtype), axis=0), 1)
-            peak = jnp.max(jnp.where(filled, memory.norms, 0), axis=0)
-            unit = jnp.where(peak > 0, peak, 1)
-            # Relative to the largest, so that no square leaves the range.
-            shares = memory.norms / jnp.broadcast_to(unit, memory.norms.shape)
-            mean = jnp.sum(jnp.where(filled, shares, 0), axis=0) / among
-            away = jnp.where(filled, shares - jnp.broadcast_to(mean, shares.shape), 0)
-            deviation = jnp.sqrt(jnp.sum(away * away, axis=0) / among)
-            deviation = jnp.maximum(deviation, least * mean)
-            limit = (mean + number_at(deviations, step.count, norms) * deviation) * unit
-            return jnp.where(memory.count >= max(window // 2, 1), limit, jnp.inf)
+    def threshold(memory, step, norms, params):
+        filled = _filled(memory)
+        among = jnp.maximum(jnp.sum(filled.astype(norms.dtype), axis=0), 1)
+        peak = jnp.max(jnp.where(filled, memory.norms, 0), axis=0)
+        unit = jnp.where(peak > 0, peak, 1)
+        # Relative to the largest, so that no square leaves the range.
+        shares = memory.norms / jnp.broadcast_to(unit, memory.norms.shape)
+        mean = jnp.sum(jnp.where(filled, shares, 0), axis=0) / among
+        away = jnp.where(filled, shares - jnp.broadcast_to(mean, shares.shape), 0)
+        deviation = jnp.sqrt(jnp.sum(away * away, axis=0) / among)
+        deviation = jnp.maximum(deviation, least * mean)
+        limit = (mean + number_at(deviations, step.count, norms) * deviation) * unit
+        return jnp.where(memory.count >= max(window // 2, 1), limit, jnp.inf)
 
-        def observe(memory, step, norms, clipped_norms):
-            level = threshold(memory, step, norms, None)
-            return _written(memory, seen(learn_from, norms, clipped_norms, level))
+    def observe(memory, step, norms, clipped_norms):
+        return _written(memory, feed(learn_from, norms, clipped_norms))
 
-        return Rule(lambda norms: _empty(window, norms), threshold, observe, has_memory=True)
-
-    return learning(make, learn_from, patience, name)
+    return Rule(lambda norms: _empty(window, norms), threshold, observe, has_memory=True)
 
 
 def quantile_over_window(
     percentile: Any,
     window: int,
     learn_from: LearnFrom = "raw",
-    patience: Any = None,
-    name: str = "quantile_over_window",
 ) -> Rule:
     """A percentile of the last norms, this step's included; `optclip.autoclip`.
 
@@ -102,33 +93,28 @@ def quantile_over_window(
         percentile: Which percentile, in [0, 100], interpolated linearly.
         window: How many norms to look at; a plain number.
         learn_from: See `LearnFrom`. This step's norm is counted as it came.
-        patience: After so many clips in a row learn from raw norms; None: never.
-        name: What error messages call the method.
 
     Returns:
         A `Rule` that remembers `window` numbers per group.
     """
-    window = check_count(window, f"{name}(window=...)")
-    check_number(percentile, f"{name}(percentile=...)", high=100, mend="AutoClip takes 10")
+    window = check_count(window, "window=")
+    check_number(percentile, "percentile=", high=100, mend="AutoClip takes 10")
+    check_learn_from(learn_from)
 
-    def make(learn_from: LearnFrom) -> Rule:
-        def threshold(memory, step, norms, params):
-            ring = _written(memory, norms)
-            ordered = jnp.sort(jnp.where(_filled(ring), ring.norms, jnp.inf), axis=0)
-            last = jnp.minimum(ring.count, window) - 1
-            percent = jnp.clip(number_at(percentile, step.count, norms), 0, 100)
-            place = percent * last.astype(norms.dtype)  # In hundredths: exact for whole percents.
-            below = jnp.floor(place / 100).astype(jnp.int32)
-            low, high = (
-                jnp.take_along_axis(ordered, jnp.expand_dims(index, 0), axis=0)[0]
-                for index in (below, jnp.minimum(below + 1, last))
-            )
-            return low + (high - low) * ((place - 100 * below.astype(norms.dtype)) / 100)
+    def threshold(memory, step, norms, params):
+        ring = _written(memory, norms)
+        ordered = jnp.sort(jnp.where(_filled(ring), ring.norms, jnp.inf), axis=0)
+        last = jnp.minimum(ring.count, window) - 1
+        percent = jnp.clip(number_at(percentile, step.count, norms), 0, 100)
+        place = percent * last.astype(norms.dtype)  # In hundredths: exact for whole percents.
+        below = jnp.floor(place / 100).astype(jnp.int32)
+        low, high = (
+            jnp.take_along_axis(ordered, jnp.expand_dims(index, 0), axis=0)[0]
+            for index in (below, jnp.minimum(below + 1, last))
+        )
+        return low + (high - low) * ((place - 100 * below.astype(norms.dtype)) / 100)
 
-        def observe(memory, step, norms, clipped_norms):
-            level = threshold(memory, step, norms, None)
-            return _written(memory, seen(learn_from, norms, clipped_norms, level))
+    def observe(memory, step, norms, clipped_norms):
+        return _written(memory, feed(learn_from, norms, clipped_norms))
 
-        return Rule(lambda norms: _empty(window, norms), threshold, observe, has_memory=True)
-
-    return learning(make, learn_from, patience, name)
+    return Rule(lambda norms: _empty(window, norms), threshold, observe, has_memory=True)

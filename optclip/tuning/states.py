@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from optclip import histograms
-from optclip.guarding import SafeguardState
+from optclip._paths import array_in
 from optclip.histograms import NormHistogram
-from optclip.scopes import array_in
-from optclip.skipping import SkipState
+from optclip.methods.safeguard import SafeguardState
+from optclip.methods.skip_spikes import SkipState
 from optclip.state import ClipState
 from optclip.tuning.wording import Unusable
 

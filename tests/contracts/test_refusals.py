@@ -19,7 +19,7 @@ from helpers.running import (
 from helpers.samples import assert_same
 
 import optclip
-from optclip import limiters, norms, scopes, thresholds
+from optclip import limiters, norms, scopes
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -35,7 +35,7 @@ def shows(*parts):
 def test_5_a_nan_is_refused_for_every_number(method):
     for name in method.traced:
         for nan in (math.nan, np.float32("nan"), jnp.asarray(math.nan, jnp.bfloat16)):
-            with pytest.raises(ValueError, match=shows(method.name, name, "nan", "; ")):
+            with pytest.raises(ValueError, match=shows(f"{name}=", "nan", "; ")):
                 method.build(**{name: nan})
 
 
@@ -43,7 +43,7 @@ def test_5_a_nan_is_refused_for_every_number(method):
 def test_5_a_negative_threshold_is_refused(method):
     for name in method.traced:
         for negative in (-0.5, np.float64(-0.5), jnp.asarray(-0.5), -math.inf):
-            with pytest.raises(ValueError, match=shows(method.name, name, f"{negative!r}", "; ")):
+            with pytest.raises(ValueError, match=shows(f"{name}=", f"{negative!r}", "; ")):
                 method.build(**{name: negative})
 
 
@@ -57,7 +57,7 @@ def test_5_what_is_no_number_is_refused(method, nonsense):
             method.build(max_norm=nonsense)
     else:
         name = method.traced[0]
-        with pytest.raises(ValueError, match=shows(method.name, name, repr(nonsense), "; ")):
+        with pytest.raises(ValueError, match=shows(f"{name}=", repr(nonsense), "; ")):
             method.build(**{name: nonsense})
 
 
@@ -105,19 +105,14 @@ REFUSED_AT_ONCE = {
         "'tree'",
         "scopes.leaf",
     ),
-    "params without norms": (
-        lambda: optclip.clip_by(thresholds.relative_to_params(0.1, 1e-3), scope=scopes.element),
-        "scopes.element",
-        "scopes.unit()",
-    ),
-    "decay 1": (lambda: optclip.zclip(decay=1.0), "zclip(decay=...)", "1.0", "0.97"),
-    "decay below 0": (lambda: optclip.spam_clip(decay=-0.1), "spam_clip(decay=...)", "-0.1"),
-    "percentile": (lambda: optclip.autoclip(101), "autoclip(percentile=...)", "100", "101", "10"),
-    "quantile": (lambda: optclip.clip_by_quantile(1.5), "(quantile=...)", "[0, 1]", "1.5"),
-    "warm-up": (lambda: optclip.adagc(warmup_steps=-1), "adagc(warmup_steps=...)", "-1", "0"),
-    "no window": (lambda: optclip.clip_by_window(window=0), "(window=...)", "at least 1", "0"),
-    "window in parts": (lambda: optclip.autoclip(window=2.5), "(window=...)", "whole", "2.5"),
-    "patience": (lambda: optclip.zclip(patience=0), "(patience=...)", "0", "None"),
+    "decay 1": (lambda: optclip.zclip(decay=1.0), "decay=", "1.0", "0.97"),
+    "decay below 0": (lambda: optclip.spam_clip(decay=-0.1), "decay=", "-0.1"),
+    "percentile": (lambda: optclip.autoclip(101), "percentile=", "100", "101", "10"),
+    "quantile": (lambda: optclip.clip_by_quantile(1.5), "quantile=", "[0, 1]", "1.5"),
+    "warm-up": (lambda: optclip.adagc(warmup_steps=-1), "warmup_steps=", "-1", "0"),
+    "no window": (lambda: optclip.clip_by_window(window=0), "window=", "at least 1", "0"),
+    "window in parts": (lambda: optclip.autoclip(window=2.5), "window=", "whole", "2.5"),
+    "patience": (lambda: optclip.zclip(patience=0), "patience=", "0", "None"),
     "variant": (lambda: optclip.zclip(variant="median"), "variant", "'mean'", "'median'"),
     "learning": (lambda: optclip.adagc(learn_from="all"), "learn_from", "'clipped'", "'all'"),
     "a label's bound": (lambda: clip_by_group({"a": 1.0, "b": -2.0}), "'b'", "-2.0", "jnp.inf"),

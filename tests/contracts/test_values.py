@@ -220,6 +220,14 @@ def test_3_exactly_at_the_bound_nothing_is_clipped(method):
             assert updates["u"][0, 0] < given["u"][0, 0]
 
 
+def test_3_the_largest_entry_of_each_leaf_is_read_before_and_after():
+    gradient = {"a": jnp.array([0.05, -0.02]), "b": jnp.array([[1.0, -3.0]])}
+    clip = optclip.clip_by_value(0.1, detail=True)
+    _, state = clip.update(gradient, clip.init(gradient))
+    assert_right(state.detail.norms, [0.05, 3.0])
+    assert_right(state.detail.clipped_norms, [0.05, 0.1])  # What is below the bound is left alone.
+
+
 @pytest.mark.parametrize("size", [1e-35, 1e-31, 1.0, 1e30])
 def test_3_the_share_of_clipped_entries_is_read_at_every_magnitude(size):
     clip = optclip.clip_by_value(size)

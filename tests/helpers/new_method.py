@@ -17,10 +17,10 @@ from helpers import registry
 from optclip.thresholds import Rule, windows
 
 
-def median_over_window(multiplier: Any, window: int, name: str = "median_over_window") -> Rule:
+def median_over_window(multiplier: Any, window: int) -> Rule:
     """A multiple of the median of the last norms before this one."""
-    window = windows.check_count(window, f"{name}(window=...)")
-    windows.check_number(multiplier, f"{name}(multiplier=...)", mend="pass 2.0")
+    window = windows.check_count(window, "window=")
+    windows.check_number(multiplier, "multiplier=", mend="pass 2.0")
 
     def init(norms):  # a norm that is yet to come is NaN
         return jnp.full((window, *norms.shape), jnp.nan, norms.dtype)
@@ -46,7 +46,7 @@ def clip_by_median(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips the whole gradient to a multiple of the median of its last norms."""
     return optclip.clip_by(
-        median_over_window(multiplier, window, "clip_by_median"),
+        median_over_window(multiplier, window),
         axis_name=axis_name,
         sharded=sharded,
         nonfinite=nonfinite,

@@ -113,8 +113,8 @@ FIXED = (
 LEARNING = (
     Method(
         optclip.autoclip,
-        {"percentile": 90.0, "window": 32, "patience": 20},
-        traced=("percentile", "patience"),
+        {"percentile": 90.0, "window": 32},
+        traced=("percentile",),
         has_memory=True,
     ),
     Method(
@@ -137,7 +137,7 @@ LEARNING = (
             "warmup_steps": 5,
             "patience": 20,
             "variant": "max",
-            "learn_from": "winsorised",
+            "learn_from": "winsorized",
         },
         traced=("z_threshold", "decay", "warmup_steps", "patience"),
         has_memory=True,
@@ -152,8 +152,8 @@ LEARNING = (
     ),
     Method(
         optclip.clip_by_window,
-        {"deviations": 3.0, "window": 32, "patience": 20},
-        traced=("deviations", "patience"),
+        {"deviations": 3.0, "window": 32},
+        traced=("deviations",),
         has_memory=True,
     ),
     Method(

@@ -16,10 +16,10 @@ class Learner:
     """A clip of the whole gradient that learns from norms.
 
     A subclass has `threshold`, from the norm of this step, and `learn`, from what it is to learn
-    from. `level` is what "winsorised" holds a norm to, by default the threshold.
+    from. `level` is what "winsorized" holds a norm to, by default the threshold.
 
     Args:
-        learn_from: "raw", "clipped" or "winsorised".
+        learn_from: "raw", "clipped" or "winsorized".
         patience: Clips in a row from which on it learns from raw norms, until one is not clipped.
     """
 
@@ -229,7 +229,7 @@ class Robust:
     "clipped" nothing is held.
     """
 
-    def __init__(self, deviations=2.0, decay=0.97, max_rise=math.inf, learn_from="winsorised"):
+    def __init__(self, deviations=2.0, decay=0.97, max_rise=math.inf, learn_from="winsorized"):
         self.deviations, self.decay, self.max_rise = deviations, decay, max_rise
         self.learn_from, self.count, self.m, self.v = learn_from, 0, 0.0, 0.25**2
 
@@ -241,7 +241,7 @@ class Robust:
         log = math.log(applied if self.learn_from == "clipped" else norm)
         if self.count:
             for_mean = for_variance = log - self.m
-            if self.learn_from == "winsorised":
+            if self.learn_from == "winsorized":
                 held = min(log - self.m, 2 * spread)
                 for_mean = max(held, -max(2 * spread, math.log(10)))
                 for_variance = max(held, -2 * spread)

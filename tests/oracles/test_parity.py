@@ -18,6 +18,7 @@ from helpers.streams import (
 )
 
 import optclip
+from optclip import thresholds
 from oracles import learned
 
 
@@ -47,7 +48,19 @@ class Case(NamedTuple):
 CHANGING = tuple(name for name, stream in STREAMS.items() if not stream.steady)
 TWO = ("usual", "loud, huge")
 IMPATIENT = ({"patience": 1}, {"patience": 4}, {"patience": 20})
-SOURCES = ("raw", "clipped", "winsorised")
+SOURCES = ("raw", "clipped", "winsorized")
+
+
+def patient_autoclip(percentile, patience, window, learn_from):
+    """A rule that takes no patience of its own, made patient."""
+    rule = thresholds.quantile_over_window(percentile, window, learn_from)
+    return optclip.clip_by(thresholds.patient(rule, patience))
+
+
+def patient_window(patience, window, learn_from):
+    """Another, with the default of `clip_by_window`."""
+    rule = thresholds.mean_over_window(3.0, window, learn_from)
+    return optclip.clip_by(thresholds.patient(rule, patience))
 
 
 def autoclips() -> Iterator[Case]:
@@ -58,9 +71,11 @@ def autoclips() -> Iterator[Case]:
     yield case(*({"percentile": x} for x in (90.0, 50.0, 0.0, 100.0)), window=50)
     yield case({"percentile": 25.0}, window=1)
     # Percentiles that fall between two norms: one that is a norm itself is clipped or not by luck.
+    yield case({"percentile": 83.0}, {"percentile": 96.0}, window=99, learn_from="clipped")
     patient = ({"percentile": 83.0, "patience": 5}, {"percentile": 96.0, "patience": np.inf})
-    yield case(*patient, window=99, learn_from="clipped")
-    yield case(*patient, window=99, learn_from="winsorised")
+    yield Case(
+        patient_autoclip, learned.AutoClip, patient, {"window": 99, "learn_from": "clipped"}, TWO
+    )
 
 
 def quantiles() -> Iterator[Case]:
@@ -85,8 +100,8 @@ def zclips() -> Iterator[Case]:
     )
     yield case({})
     yield from (case(*numbers, variant=variant) for variant in ("reciprocal", "mean", "max"))
-    yield from (case({}, *numbers, learn_from=source) for source in ("raw", "winsorised"))
-    for source, variant in (("clipped", "reciprocal"), ("winsorised", "max")):
+    yield from (case({}, *numbers, learn_from=source) for source in ("raw", "winsorized"))
+    for source, variant in (("clipped", "reciprocal"), ("winsorized", "max")):
         yield case(*IMPATIENT, learn_from=source, variant=variant)
 
 
@@ -98,8 +113,9 @@ def windows() -> Iterator[Case]:
     yield case({}, streams=tuple(STREAMS))
     yield case(*deviations, window=1)
     yield case(*deviations, window=40, learn_from="clipped")
-    yield case(*deviations[:2], window=301, learn_from="winsorised")
-    yield case(*IMPATIENT, window=33, learn_from="clipped")
+    yield case(*deviations[:2], window=301, learn_from="clipped")
+    static = {"window": 33, "learn_from": "clipped"}
+    yield Case(patient_window, learned.MeanOverWindow, IMPATIENT, static, TWO)
 
 
 def averages() -> Iterator[Case]:
@@ -108,7 +124,7 @@ def averages() -> Iterator[Case]:
 
     numbers = ({"multiplier": 1.2, "decay": 0.9}, {"multiplier": 5.0, "decay": 0.0})
     yield case({})
-    yield from (case(*numbers, learn_from=source) for source in SOURCES)
+    yield from (case(*numbers, learn_from=source) for source in ("raw", "clipped"))
     yield case(*IMPATIENT)
 
 

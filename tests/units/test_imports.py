@@ -13,17 +13,14 @@ PACKAGE = pathlib.Path(optclip.__file__).parent
 
 LAYERS = (
     {"_jax"},
-    {"norms", "devices"},
+    {"_numerics", "_paths", "_checks"},
+    {"norms"},
     {"scopes", "limiters", "thresholds"},
-    {"planning"},
-    {"pieces"},
-    {"changing", "measuring"},
+    {"_tree"},
     {"state"},
     {"clipping"},
     {"histograms"},
     {"methods"},
-    {"skipping"},
-    {"guarding"},
     {"readings"},
     {"optclip"},
     {"tuning", "catalogue"},
@@ -33,7 +30,7 @@ LAYERS = (
 )
 """A module may import from its own layer and from those before it, but not in a circle."""
 
-WITH_OPTAX = {"state", "clipping", "histograms", "methods", "skipping", "guarding", "catalogue"}
+WITH_OPTAX = {"state", "clipping", "histograms", "methods", "catalogue"}
 OUTSIDE = {name: {"jax", "numpy", "optax"} for name in WITH_OPTAX}
 """What else a module may import; jax and numpy, which comes with jax, where nothing is said."""
 
@@ -49,14 +46,10 @@ def modules():
 
 
 def imports(name, source):
-    """(modules of the package, other packages) that a module imports, anywhere in its source.
-
-    But for types: what stands under `if TYPE_CHECKING` is never run.
-    """
+    """(modules of the package, other packages) that a module imports, anywhere in its source."""
     inside, outside = set(), set()
-    known, tree = dict(modules()), ast.parse(source)
-    tree.body = [node for node in tree.body if not is_for_types(node)]
-    for node in ast.walk(tree):
+    known = dict(modules())
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -73,10 +66,6 @@ def imports(name, source):
                 rest = rest[:-1]
             inside.add(".".join(rest) or "optclip")
     return inside, outside
-
-
-def is_for_types(node):
-    return isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING"
 
 
 def layer_of(name):

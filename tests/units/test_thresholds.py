@@ -94,8 +94,6 @@ def test_rules_are_combined_group_by_group(strict):
     for rule, expected in (
         (thresholds.minimum(falling, 2.0, 5.0), [2.0, 2.0, 1.0, 0.0]),
         (thresholds.maximum(falling, 2.0), [3.0, 2.0, 2.0, 2.0]),
-        (thresholds.floor(falling, 1.0), [3.0, 2.0, 1.0, 1.0]),
-        (thresholds.ceiling(falling, 2.0), [2.0, 2.0, 1.0, 0.0]),
         (thresholds.switch(2, 7.0, falling), [7.0, 7.0, 1.0, 0.0]),
         (thresholds.switch(0, 7.0, falling), [3.0, 2.0, 1.0, 0.0]),
     ):

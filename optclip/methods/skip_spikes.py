@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import measuring, norms, planning, scopes
+from optclip import _numerics, norms, scopes
+from optclip._checks import check_choice, check_count, check_number
+from optclip._tree import measure
+from optclip._tree.layout import layout_of, whole_on_devices_of
 from optclip.clipping import NEEDS_STATE_MSG
-from optclip.thresholds.checking import check_choice, check_count, check_number
 
 SkipNonfinite = Literal["skip", "propagate"]
 
@@ -111,16 +113,15 @@ def skip_spikes(
         The rule is that of the trainers OLMo-core and Levanter, which let spikes into the window.
     """
     held = optax.with_extra_args_support(inner)
-    name = "skip_spikes"
-    window = check_count(window, f"{name}(window=...)")
+    window = check_count(window, "window=")
     # No schedules: on which step of a run it skips, the state does not count.
     numbers = functools.partial(check_number, schedule=False)
-    numbers(deviations, f"{name}(deviations=...)", mend="pass jnp.inf to skip no spikes")
-    numbers(patience, f"{name}(patience=...)", low=1, mend="pass jnp.inf to wait for ever")
-    check_choice(nonfinite, ("skip", "propagate"), f"{name}(nonfinite=...)")
+    numbers(deviations, "deviations=", mend="pass jnp.inf to skip no spikes")
+    numbers(patience, "patience=", low=1, mend="pass jnp.inf to wait for ever")
+    check_choice(nonfinite, ("skip", "propagate"), "nonfinite=")
 
     def init(params: Any) -> SkipState:
-        dtype = planning.tree_dtype(params)
+        dtype = _numerics.tree_dtype(params)
 
         def empty() -> Accepted:
             return Accepted(
@@ -138,18 +139,18 @@ def skip_spikes(
             norms=empty(),
             losses=empty(),
         )
-        return planning.whole_on_devices_of(params, state)._replace(inner_state=held.init(params))
+        return whole_on_devices_of(params, state)._replace(inner_state=held.init(params))
 
     def update(
         updates: Any, state: Any, params: Any = None, *, loss: Any = None, **extra_args: Any
     ) -> tuple[Any, SkipState]:
         if state is None:
             raise ValueError(NEEDS_STATE_MSG)
-        plan = planning.plan(scopes.tree, updates, axis_name, sharded)
+        layout = layout_of(scopes.tree, updates, axis_name, sharded)
         with jax.named_scope("optclip/measure"):
-            magnitude = measuring.measure(plan, norms.l2, updates)
+            magnitude = measure.measure(layout, norms.l2, updates)
         dtype = state.norm.dtype
-        norm = norms.narrowed(magnitude.saturated(), dtype)
+        norm = _numerics.narrowed(magnitude.clamped(), dtype)
         finite = jnp.isfinite(magnitude.value)
         limit = _limit(state.norms, deviations, patience)
         spike = norm > limit

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optclip import changing, devices, limiters, measuring, norms, planning, scopes
+from optclip import _numerics, norms, scopes
+from optclip._checks import check_decay, check_number, number_at
+from optclip._tree import devices, limit, measure
+from optclip._tree.layout import Layout, layout_of, select_leaves
 from optclip.clipping import NEEDS_STATE_MSG, Nonfinite, check_nonfinite
-from optclip.state import ClipState, Outcome, advanced, fresh, step_of
-from optclip.thresholds.checking import check_choice, check_decay, check_number, number_at
-from optclip.thresholds.history import LearnFrom, mixed
+from optclip.state import ClipState, Outcome, init_state, step_of, update_state
+from optclip.thresholds.averages import LearnFrom, check_learn_from
 
 
 def spam_clip(
@@ -69,16 +71,15 @@ def spam_clip(
         Huang et al., "SPAM: spike-aware Adam with momentum reset for stable LLM training", 2025,
         arXiv:2501.06842. The released code's default theta is 2000.
     """
-    name = "spam_clip"
-    check_number(threshold, f"{name}(threshold=...)", mend="pass jnp.inf to switch clipping off")
-    check_number(warmup_steps, f"{name}(warmup_steps=...)", mend="pass 0 for none")
-    check_choice(learn_from, ("raw", "clipped", "winsorised"), f"{name}(learn_from=...)")
-    check_decay(decay, name)
+    check_number(threshold, "threshold=", mend="pass jnp.inf to switch clipping off")
+    check_number(warmup_steps, "warmup_steps=", mend="pass 0 for none")
+    check_learn_from(learn_from)
+    check_decay(decay)
     check_nonfinite(nonfinite)
 
     def init(params: Any) -> ClipState:
         # Made of the parameters, not of their shapes, so that it lies on the devices as they do.
-        return fresh(params)._replace(memory=jax.tree.map(_second_moment, params))
+        return init_state(params)._replace(memory=jax.tree.map(_second_moment, params))
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -86,29 +87,29 @@ def spam_clip(
         del params, extra_args
         if state is None:
             raise ValueError(NEEDS_STATE_MSG)
-        plan = planning.plan(scopes.element, updates, axis_name, sharded)
-        like = jnp.zeros([], plan.dtype)
+        layout = layout_of(scopes.tree, updates, axis_name, sharded)
+        like = jnp.zeros([], layout.dtype)
         theta, keep, warmup = (
             number_at(x, state.count, like) for x in (threshold, decay, warmup_steps)
         )
         with jax.named_scope("optclip/measure"):
-            magnitude = measuring.measure(plan, norms.linf, updates)
+            magnitude = measure.measure(layout, norms.linf, updates)
             finite = jnp.isfinite(magnitude.value)
-        acting = finite & (step_of(state).finite.astype(plan.dtype) >= warmup)
+        acting = finite & (step_of(state).finite.astype(layout.dtype) >= warmup)
         moments, treedef = jax.tree.flatten(state.memory)
-        pairs = list(zip(planning.picked(plan, updates), moments, strict=True))
+        pairs = list(zip(select_leaves(layout, updates), moments, strict=True))
         rise = jnp.where(acting, jnp.sqrt(theta), jnp.inf)
         # The largest ratio of an entry to its bound, and the smallest bound, negative.
         extremes = [(like, like - jnp.inf)]
         extremes += [_extremes(x, moment, rise) for x, moment in pairs]
-        both = [_largest(plan.dtype, some) for some in zip(*extremes, strict=True)]
-        worst, tightest = _over_devices(lax.pmax, plan, jnp.stack(both))
+        both = [_largest(layout.dtype, some) for some in zip(*extremes, strict=True)]
+        worst, tightest = _over_devices(lax.pmax, layout, jnp.stack(both))
         # It reads everything once more, so it is left out where nothing is clipped.
         clipping = acting & (worst > 1)
-        nothing = 0 * clipping.astype(plan.dtype)
-        left, count = measuring.where_needed(
+        nothing = 0 * clipping.astype(layout.dtype)
+        left, count = _numerics.where_needed(
             clipping,
-            lambda pairs, rise: _look_closer(plan, pairs, rise),
+            lambda pairs, rise: _look_closer(layout, pairs, rise),
             lambda pairs, rise: (nothing, nothing),
             pairs,
             rise,
@@ -118,24 +119,24 @@ def spam_clip(
         with jax.named_scope("optclip/limit"):
             leaves, structure = jax.tree.flatten(updates)
             learned = []
-            for member, (x, moment) in zip(plan.members, pairs, strict=True):
+            for member, (x, moment) in zip(layout.members, pairs, strict=True):
                 leaves[member.index] = _limited(x, moment, rise)
                 new = _learned(x, moment, None if learn_from == "raw" else rise, keep)
                 learned.append(jnp.where(finite, new, moment))
             updates = jax.tree.unflatten(structure, leaves)
             if nonfinite == "zero":
-                updates = changing.zeroed_unless(finite, updates)
+                updates = limit.zeroed_unless(finite, updates)
         zeroed = nonfinite == "zero"
-        clipped_norm = jnp.where(worst > 1, left, magnitude.saturated())
+        clipped_norm = jnp.where(worst > 1, left, magnitude.clamped())
         outcome = Outcome(
             finite=finite,
-            norm=magnitude.saturated(),
+            norm=magnitude.clamped(),
             clipped_norm=jnp.where(finite, clipped_norm, 0 if zeroed else magnitude.value),
             threshold=-tightest,
             factor=jnp.where(finite, 1 / jnp.maximum(worst, 1), 0 if zeroed else 1),
-            share=count / max(float(plan.sizes), 1),
+            share=count / max(float(layout.sizes), 1),
         )
-        return updates, advanced(state, outcome, jax.tree.unflatten(treedef, learned))
+        return updates, update_state(state, outcome, jax.tree.unflatten(treedef, learned))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -149,9 +150,13 @@ def _bounded(
     """
     x, moment, rise = lax.optimization_barrier((x, moment, rise))
     # Beside a 64-bit gradient or moment the other is 64-bit too.
-    dtype = moment.dtype if moment.dtype == jnp.float64 else norms.accumulator(x.dtype)
-    wide, moment = norms.widened(x, dtype), moment.astype(dtype)
-    return wide, norms.modulus(wide), jnp.where(moment > 0, rise.astype(dtype) * moment, jnp.inf)
+    dtype = moment.dtype if moment.dtype == jnp.float64 else _numerics.accumulator(x.dtype)
+    wide, moment = _numerics.widened(x, dtype), moment.astype(dtype)
+    return (
+        wide,
+        _numerics.modulus(wide),
+        jnp.where(moment > 0, rise.astype(dtype) * moment, jnp.inf),
+    )
 
 
 def _extremes(x: jax.Array, moment: jax.Array, rise: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -165,43 +170,43 @@ def _limited(x: jax.Array, moment: jax.Array, rise: jax.Array) -> jax.Array:
     wide, _, bound = _bounded(x, moment, rise)
     if not jnp.iscomplexobj(x):
         return lax.clamp(-bound, wide, bound).astype(x.dtype)
-    factor = changing.entry_factor(limiters.rescale, wide, bound)
-    return norms.scaled(norms.scaled(wide, factor.coarse), factor.fine).astype(x.dtype)
+    factor = limit.entry_factor(wide, bound)
+    return _numerics.scaled(_numerics.scaled(wide, factor.coarse), factor.fine).astype(x.dtype)
 
 
 def _learned(x: jax.Array, moment: jax.Array, rise: jax.Array | None, keep: jax.Array) -> jax.Array:
     """The root of v, as squares would leave the range; mixed as v is. Raw where `rise` is None."""
     _, size, bound = _bounded(x, moment, jnp.ones_like(keep) if rise is None else rise)
     seen = size if rise is None else jnp.minimum(size, bound)
-    learned = mixed(moment.astype(seen.dtype), seen, keep.astype(seen.dtype))
-    return norms.narrowed(learned, moment.dtype)
+    learned = _numerics.rms_ema(moment.astype(seen.dtype), seen, keep.astype(seen.dtype))
+    return _numerics.narrowed(learned, moment.dtype)
 
 
 def _look_closer(
-    plan: planning.Plan, pairs: list[tuple[jax.Array, jax.Array]], rise: jax.Array
+    layout: Layout, pairs: list[tuple[jax.Array, jax.Array]], rise: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The largest entry that is left, and how many were clipped."""
-    left, counts = [jnp.zeros([], plan.dtype)], [jnp.zeros([], plan.dtype)]
-    for member, (x, moment) in zip(plan.members, pairs, strict=True):
+    left, counts = [jnp.zeros([], layout.dtype)], [jnp.zeros([], layout.dtype)]
+    for member, (x, moment) in zip(layout.members, pairs, strict=True):
         _, size, bound = _bounded(x, moment, rise)
         left.append(jnp.max(jnp.minimum(size, bound)))
         _, size, bound = _bounded(x, moment, rise)
-        counts.append(jnp.sum((size > bound).astype(plan.dtype)) / member.split.copies)
-    largest = _over_devices(lax.pmax, plan, _largest(plan.dtype, left))
-    return largest, _over_devices(lax.psum, plan, measuring.in_pairs(lax.add, counts))
+        counts.append(jnp.sum((size > bound).astype(layout.dtype)) / member.sharding.copies)
+    largest = _over_devices(lax.pmax, layout, _largest(layout.dtype, left))
+    return largest, _over_devices(lax.psum, layout, _numerics.in_pairs(lax.add, counts))
 
 
 def _largest(dtype: Any, numbers: Sequence[jax.Array]) -> jax.Array:
-    return measuring.in_pairs(lax.max, [x.astype(dtype) for x in numbers])
+    return _numerics.in_pairs(lax.max, [x.astype(dtype) for x in numbers])
 
 
-def _over_devices(reduce: Any, plan: planning.Plan, x: jax.Array) -> jax.Array:
-    if not plan.axis_names:
+def _over_devices(reduce: Any, layout: Layout, x: jax.Array) -> jax.Array:
+    if not layout.axis_names:
         return x
-    return reduce(devices.as_varying(x, plan.axis_names), plan.axis_names)
+    return reduce(devices.as_varying(x, layout.axis_names), layout.axis_names)
 
 
 def _second_moment(x: Any) -> jax.Array | None:
-    if not planning.is_floating(x) or not math.prod(getattr(x, "shape", ())):
+    if not _numerics.is_floating(x) or not math.prod(getattr(x, "shape", ())):
         return None
-    return jnp.zeros_like(x, dtype=norms.accumulator(jnp.result_type(x)))
+    return jnp.zeros_like(x, dtype=_numerics.accumulator(jnp.result_type(x)))

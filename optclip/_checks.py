@@ -23,7 +23,7 @@ def check_number(
 
     Args:
         value: What the caller passed. Traced values and schedules are let through.
-        name: The argument, with its function: "clip_by_global_norm(max_norm=...)".
+        name: The argument: "max_norm=".
         low: Smallest number allowed.
         high: Largest number allowed.
         mend: What to pass instead.
@@ -85,9 +85,7 @@ def at(value: Any, count: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(number), jnp.inf, jnp.maximum(number, 0)).astype(like.dtype)
 
 
-def check_decay(decay: Any, name: str) -> None:
+def check_decay(decay: Any) -> None:
     """Refuses a concrete decay outside [0, 1): at 1 nothing is ever learned."""
     below_one = 1 - 2.0**-24
-    check_number(
-        decay, f"{name}(decay=...)", high=below_one, mend="0.97 looks back over about 33 steps"
-    )
+    check_number(decay, "decay=", high=below_one, mend="0.97 looks back over about 33 steps")

@@ -6,8 +6,9 @@ import optax
 
 from optclip import scopes, thresholds
 from optclip.clipping import Nonfinite, clip_by
-from optclip.thresholds.history import LearnFrom
-from optclip.thresholds.outliers import ZVariant
+from optclip.thresholds import Rule
+from optclip.thresholds.averages import LearnFrom
+from optclip.thresholds.outliers import LearnFromOutliers, ZVariant
 
 
 def autoclip(
@@ -15,7 +16,6 @@ def autoclip(
     window: int = 1024,
     *,
     learn_from: LearnFrom = "raw",
-    patience: Any = None,
     axis_name: Any = None,
     sharded: Any = None,
     nonfinite: Nonfinite = "propagate",
@@ -40,8 +40,6 @@ def autoclip(
             plain SGD that is a smaller learning rate too.
         window: How many norms to look at; a plain number. The paper's is unbounded.
         learn_from: "raw", the paper's: the norm as it came.
-        patience: After so many clips in a row learn from raw norms; None, the paper's: never. Of
-            use only where it does not learn from raw norms.
         axis_name: See `clip_by`.
         sharded: See `clip_by`.
         nonfinite: See `clip_by`.
@@ -67,7 +65,7 @@ def autoclip(
         separation networks", 2020, arXiv:2007.14469.
     """
     return clip_by(
-        thresholds.quantile_over_window(percentile, window, learn_from, patience, "autoclip"),
+        thresholds.quantile_over_window(percentile, window, learn_from),
         axis_name=axis_name,
         sharded=sharded,
         nonfinite=nonfinite,
@@ -128,7 +126,7 @@ def clip_by_quantile(
         clipping", 2019, arXiv:1905.03871.
     """
     return clip_by(
-        thresholds.online_quantile(quantile, step_size, init, "clip_by_quantile"),
+        thresholds.online_quantile(quantile, step_size, init),
         axis_name=axis_name,
         sharded=sharded,
         nonfinite=nonfinite,
@@ -142,7 +140,7 @@ def zclip(
     warmup_steps: Any = 25,
     variant: ZVariant = "reciprocal",
     *,
-    learn_from: LearnFrom = "clipped",
+    learn_from: LearnFromOutliers = "clipped",
     patience: Any = None,
     axis_name: Any = None,
     sharded: Any = None,
@@ -160,7 +158,7 @@ def zclip(
 
     Known weakness (log-normal norms, noise 0.2, 20 seeds of `python -m benchmarks.dynamics`): after
     a lasting threefold rise the threshold never recovers within 5,000 steps, in no seed;
-    `patience=20` recovers in 22 steps, `learn_from="winsorised"` in 15. A spike in the first 25
+    `patience=20` recovers in 22 steps, `learn_from="winsorized"` in 15. A spike in the first 25
     steps passes in full. `learn_from="raw"` lets the second of two spikes 20 steps apart through in
     full; the variant "mean" clips 92% of the steps at a noise of 1. The 1e-6 gives the rule a scale
     where norms are that small.
@@ -171,7 +169,7 @@ def zclip(
         warmup_steps: Norms from which mean and variance start; the paper's 25.
         variant: What an outlier is brought to: "reciprocal" (the paper's choice), "mean", or "max"
             for mean + z_t deviations.
-        learn_from: "clipped", the paper's; "winsorised" holds norms to mean + z_t deviations.
+        learn_from: "clipped", the paper's; "winsorized" holds norms to mean + z_t deviations.
         patience: After so many clips in a row learn from raw norms; None, the paper's: never.
         axis_name: See `clip_by`.
         sharded: See `clip_by`.
@@ -199,7 +197,9 @@ def zclip(
         the paper: put `clip_by_global_norm` after it for that.
     """
     return clip_by(
-        thresholds.zscore(z_threshold, decay, warmup_steps, variant, learn_from, patience, "zclip"),
+        _patient(
+            thresholds.zscore(z_threshold, decay, warmup_steps, variant, learn_from), patience
+        ),
         axis_name=axis_name,
         sharded=sharded,
         nonfinite=nonfinite,
@@ -271,8 +271,8 @@ def adagc(
         gets gamma_l = 0 and never moves again; here zeros are not learned from.
     """
     return clip_by(
-        thresholds.leaf_average(
-            relative, decay, warmup_steps, max_norm, learn_from, patience, "adagc"
+        _patient(
+            thresholds.leaf_average(relative, decay, warmup_steps, max_norm, learn_from), patience
         ),
         scope=scopes.leaf,
         axis_name=axis_name,
@@ -287,7 +287,6 @@ def clip_by_window(
     window: int = 128,
     *,
     learn_from: LearnFrom = "raw",
-    patience: Any = None,
     axis_name: Any = None,
     sharded: Any = None,
     nonfinite: Nonfinite = "propagate",
@@ -311,8 +310,6 @@ def clip_by_window(
         deviations: k; 3.0 is what the Levanter trainer takes.
         window: How many norms to remember; a plain number. 128 is what Levanter takes.
         learn_from: "raw", Levanter's choice.
-        patience: After so many clips in a row learn from raw norms; None: never. Of use only where
-            it does not learn from raw norms.
         axis_name: See `clip_by`.
         sharded: See `clip_by`.
         nonfinite: See `clip_by`.
@@ -334,7 +331,7 @@ def clip_by_window(
         inf
     """
     return clip_by(
-        thresholds.mean_over_window(deviations, window, learn_from, patience, "clip_by_window"),
+        thresholds.mean_over_window(deviations, window, learn_from),
         axis_name=axis_name,
         sharded=sharded,
         nonfinite=nonfinite,
@@ -395,9 +392,7 @@ def clip_by_moving_average(
         10.0
     """
     return clip_by(
-        thresholds.moving_average(
-            multiplier, decay, learn_from, patience, "clip_by_moving_average"
-        ),
+        _patient(thresholds.moving_average(multiplier, decay, learn_from), patience),
         axis_name=axis_name,
         sharded=sharded,
         nonfinite=nonfinite,
@@ -410,7 +405,7 @@ def robust_clip(
     decay: Any = 0.97,
     max_rise: Any = float("inf"),
     *,
-    learn_from: LearnFrom = "winsorised",
+    learn_from: LearnFromOutliers = "winsorized",
     axis_name: Any = None,
     sharded: Any = None,
     nonfinite: Nonfinite = "propagate",
@@ -441,7 +436,7 @@ def robust_clip(
             33 steps. The first steps keep less, so that no warm-up is needed.
         max_rise: The most that the level may rise in one step, as a share of it: 0.01 is 1%. No
             bound by default.
-        learn_from: "winsorised" is what makes it robust.
+        learn_from: "winsorized" is what makes it robust.
         axis_name: See `clip_by`.
         sharded: See `clip_by`.
         nonfinite: See `clip_by`.
@@ -465,9 +460,14 @@ def robust_clip(
         (500.0, True)
     """
     return clip_by(
-        thresholds.robust(deviations, decay, max_rise, learn_from, "robust_clip"),
+        thresholds.robust(deviations, decay, max_rise, learn_from),
         axis_name=axis_name,
         sharded=sharded,
         nonfinite=nonfinite,
         detail=detail,
     )
+
+
+def _patient(rule: Rule, patience: Any) -> Rule:
+    """The rule, with patience where there is one."""
+    return rule if patience is None else thresholds.patient(rule, patience)

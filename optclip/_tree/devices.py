@@ -19,7 +19,7 @@ from optclip import _jax
 Sharded = Callable[[str], Any] | Any
 
 
-class Split(NamedTuple):
+class LeafSharding(NamedTuple):
     """How one leaf lies on the mesh axes a norm is taken over.
 
     Attributes:
@@ -38,7 +38,7 @@ class Split(NamedTuple):
         return axis_size(self.names)
 
 
-WHOLE = Split(dims={})
+WHOLE = LeafSharding(dims={})
 
 
 def axis_names(axis_name: Any) -> tuple[str, ...] | None:
@@ -73,7 +73,7 @@ def as_varying(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
-def split_of(path: str, leaf: jax.Array, axis_name: Any, sharded: Any) -> Split:
+def sharding_of(path: str, leaf: jax.Array, axis_name: Any, sharded: Any) -> LeafSharding:
     """How `leaf` lies on the axes of `axis_name`.
 
     Args:
@@ -115,7 +115,7 @@ def split_of(path: str, leaf: jax.Array, axis_name: Any, sharded: Any) -> Split:
                 "average the gradients over it first (jax.lax.pmean)"
             )
         over = tuple(name for name in names if name in varying)
-        split = Split(over, None if over else {})
+        split = LeafSharding(over, None if over else {})
     else:
         raise ValueError(
             f"axis_name={axis_name!r}: JAX does not track here over which axes {path!r} is split "
@@ -128,7 +128,7 @@ def split_of(path: str, leaf: jax.Array, axis_name: Any, sharded: Any) -> Split:
     )
 
 
-def _said(path: str, answer: Any, names: tuple[str, ...]) -> Split:
+def _said(path: str, answer: Any, names: tuple[str, ...]) -> LeafSharding:
     """The caller's `sharded=` answer for one leaf."""
     if answer is None:
         return WHOLE
@@ -137,10 +137,10 @@ def _said(path: str, answer: Any, names: tuple[str, ...]) -> Split:
         # Axes that are not manual here are the compiler's: along them the leaf is whole.
         dims = {dim: tuple(n for n in entry if are_bound(n)) for dim, entry in dims.items()}
         _known(path, tuple(name for entry in dims.values() for name in entry), names)
-        return Split(tuple(name for entry in dims.values() for name in entry), dims)
+        return LeafSharding(tuple(name for entry in dims.values() for name in entry), dims)
     flat = _flat(answer)
     _known(path, flat, names)
-    return Split(flat, None if flat else {})
+    return LeafSharding(flat, None if flat else {})
 
 
 def _known(path: str, answer: tuple[str, ...], names: tuple[str, ...]) -> None:

@@ -1,6 +1,6 @@
 """Which entries of a tree share a norm, and where each norm has its place.
 
-`plan` looks at a tree once, while it is traced, and lays the groups of a scope out in one vector
+`layout` looks at a tree once, while it is traced, and lays the groups of a scope out in one vector
 (one number for the whole tree). On every device layout that vector is whole and the same on all
 devices.
 """
@@ -13,14 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optclip import _jax, devices, norms
+from optclip import _jax, _numerics
+from optclip._paths import answer_per_leaf, leaves_with_paths
+from optclip._tree import devices
 from optclip.norms import Axes
-from optclip.scopes import Scope, answer_per_leaf, leaves_with_paths
+from optclip.scopes import Scope
 
 _Tree = TypeVar("_Tree")
 
 
-class Member(NamedTuple):
+class GroupedLeaf(NamedTuple):
     """A leaf that takes part.
 
     Attributes:
@@ -29,7 +31,7 @@ class Member(NamedTuple):
         axes: The axes that one group spans.
         start: Where in the vector of groups its own begin.
         kept: Shape of its groups in the whole leaf: its shape with `axes` of length 1.
-        split: How it lies on the devices.
+        sharding: How it lies on the devices.
     """
 
     index: int
@@ -37,7 +39,7 @@ class Member(NamedTuple):
     axes: Axes
     start: int
     kept: tuple[int, ...]
-    split: devices.Split
+    sharding: devices.LeafSharding
 
     @property
     def groups(self) -> int:
@@ -45,7 +47,7 @@ class Member(NamedTuple):
         return math.prod(self.kept)
 
 
-class Plan(NamedTuple):
+class Layout(NamedTuple):
     """What a scope makes of one tree; all of it static.
 
     Attributes:
@@ -56,7 +58,7 @@ class Plan(NamedTuple):
         axis_names: Mesh axes over which leaves may be split.
     """
 
-    members: tuple[Member, ...]
+    members: tuple[GroupedLeaf, ...]
     shape: tuple[int, ...]
     sizes: np.ndarray
     dtype: np.dtype
@@ -65,19 +67,6 @@ class Plan(NamedTuple):
     def size_at(self, start: int) -> np.float64:
         """Entries of each of the groups of the piece that begins there."""
         return np.float64(self.sizes.reshape(-1)[start])
-
-
-def is_floating(x: Any) -> bool:
-    """Whether a leaf is measured and clipped: floating point or complex, float0 not."""
-    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-    return dtype != jax.dtypes.float0 and jnp.issubdtype(dtype, jnp.inexact)
-
-
-def tree_dtype(updates: Any) -> np.dtype:
-    """The dtype norms of a tree are kept in: float64 where a leaf is 64-bit, else float32."""
-    floating = [jnp.result_type(x) for x in jax.tree.leaves(updates) if is_floating(x)]
-    wide = any(norms.accumulator(dtype) == jnp.float64 for dtype in floating)
-    return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
 def whole_on_devices_of(tree: Any, state: _Tree) -> _Tree:
@@ -101,7 +90,7 @@ def whole_on_devices_of(tree: Any, state: _Tree) -> _Tree:
     return state
 
 
-def plan(scope: Scope, updates: Any, axis_name: Any = None, sharded: Any = None) -> Plan:
+def layout_of(scope: Scope, updates: Any, axis_name: Any = None, sharded: Any = None) -> Layout:
     """Looks at a tree: which leaves take part, in which groups, split over which devices.
 
     Leaves that are not floating point (integers, booleans, float0) take no part, nor those without
@@ -112,12 +101,12 @@ def plan(scope: Scope, updates: Any, axis_name: Any = None, sharded: Any = None)
     said = [...] * len(leaves) if sharded is None else answer_per_leaf(sharded, updates, "sharded")
     places = {label: place for place, label in enumerate(scope.order or ())}
     total = len(places)
-    members: list[Member] = []
+    members: list[GroupedLeaf] = []
     for index, ((path, x), label) in enumerate(zip(leaves, labels, strict=True)):
-        if label is None or not is_floating(x) or not math.prod(jnp.shape(x)):
+        if label is None or not _numerics.is_floating(x) or not math.prod(jnp.shape(x)):
             continue
-        split = devices.split_of(path, x, axis_name, said[index])
-        shape = _whole_shape(jnp.shape(x), split, path, needed=not scope.whole_leaves)
+        sharding = devices.sharding_of(path, x, axis_name, said[index])
+        shape = _whole_shape(jnp.shape(x), sharding, path, needed=not scope.whole_leaves)
         axes = scope.axes(path, shape)
         if axes is None:
             continue
@@ -130,15 +119,15 @@ def plan(scope: Scope, updates: Any, axis_name: Any = None, sharded: Any = None)
             )
         start = places.setdefault(label, total) if scope.labels else total
         total = max(total, start + math.prod(kept))
-        members.append(Member(index, path, axes, start, kept, split))
+        members.append(GroupedLeaf(index, path, axes, start, kept, sharding))
     vector = () if scope.one_group else (total,)
     sizes = np.zeros(1 if scope.one_group else total)
     for member in members:
-        entries = math.prod(jnp.shape(leaves[member.index][1])) * member.split.parts
+        entries = math.prod(jnp.shape(leaves[member.index][1])) * member.sharding.parts
         sizes[member.start : member.start + member.groups] += entries / member.groups
-    dtype = tree_dtype([leaves[member.index][1] for member in members])
+    dtype = _numerics.tree_dtype([leaves[member.index][1] for member in members])
     names = devices.axis_names(axis_name) or ()
-    return Plan(tuple(members), vector, sizes.reshape(vector), dtype, names)
+    return Layout(tuple(members), vector, sizes.reshape(vector), dtype, names)
 
 
 def shape_of_norms(
@@ -151,16 +140,16 @@ def shape_of_norms(
     if scope.one_group:
         return ()
     if devices.are_bound(axis_name):
-        return plan(scope, params, axis_name, sharded).shape
-    return plan(scope, params).shape
+        return layout_of(scope, params, axis_name, sharded).shape
+    return layout_of(scope, params).shape
 
 
-def picked(plan: Plan, tree: Any) -> list[jax.Array]:
+def select_leaves(layout: Layout, tree: Any) -> list[jax.Array]:
     """The leaves that take part, also of parameters that hold leaves which the updates lack."""
     leaves = leaves_with_paths(tree)
     by_path = dict(leaves)
     found = []
-    for member in plan.members:
+    for member in layout.members:
         if member.index < len(leaves) and leaves[member.index][0] == member.path:
             found.append(jnp.asarray(leaves[member.index][1]))
         elif member.path in by_path:
@@ -178,16 +167,16 @@ def _checked_axes(axes: Any, path: str, shape: tuple[int, ...]) -> Axes:
 
 
 def _whole_shape(
-    part: tuple[int, ...], split: devices.Split, path: str, *, needed: bool
+    part: tuple[int, ...], sharding: devices.LeafSharding, path: str, *, needed: bool
 ) -> tuple[int, ...]:
     """Shape of the whole leaf of which `part` may be one device's part."""
-    if split.dims is None:
+    if sharding.dims is None:
         if needed:
             raise ValueError(
-                f"{path!r} is split over {list(split.names)}, but along which of its dimensions? "
-                "Norms of units need to know: pass sharded= with a PartitionSpec for it"
+                f"{path!r} is split over {list(sharding.names)}, but along which of its "
+                "dimensions? Norms of units need to know: pass sharded= with a PartitionSpec for it"
             )
         return part
     return tuple(
-        length * devices.axis_size(split.dims.get(axis, ())) for axis, length in enumerate(part)
+        length * devices.axis_size(sharding.dims.get(axis, ())) for axis, length in enumerate(part)
     )

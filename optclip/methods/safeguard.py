@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import measuring, norms, planning, scopes
+from optclip import _numerics, norms, scopes
+from optclip._checks import check_choice, check_number, number_at
+from optclip._tree import measure
+from optclip._tree.layout import layout_of, whole_on_devices_of
 from optclip.clipping import NEEDS_STATE_MSG, NO_PARAMS_MSG, clip_by
-from optclip.methods import robust_clip
-from optclip.skipping import SkipNonfinite, unless
+from optclip.methods.learned import robust_clip
+from optclip.methods.skip_spikes import SkipNonfinite, unless
 from optclip.state import ClipState
-from optclip.thresholds.checking import check_choice, check_number, number_at
 
 
 class SafeguardState(NamedTuple):
@@ -96,8 +98,8 @@ def safeguard(
         True
     """
     held = optax.with_extra_args_support(inner)
-    check_choice(nonfinite, ("skip", "propagate"), "safeguard(nonfinite=...)")
-    check_number(ratio, "safeguard(ratio)", mend="pass jnp.inf to switch the bound off")
+    check_choice(nonfinite, ("skip", "propagate"), "nonfinite=")
+    check_number(ratio, "ratio=", mend="pass jnp.inf to switch the bound off")
     clip = robust_clip(deviations, axis_name=axis_name, sharded=sharded)
 
     def bound(threshold: Any) -> optax.GradientTransformationExtraArgs:
@@ -105,19 +107,19 @@ def safeguard(
 
     def length(updates: Any, params: Any) -> jax.Array:
         """The norm of the parameters, or the floor of `clip_by_param_norm` under it."""
-        plan = planning.plan(scopes.tree, updates, axis_name, sharded)
-        least = 1e-3 * jnp.sqrt(jnp.asarray(plan.sizes, plan.dtype))
-        return jnp.maximum(measuring.measure(plan, norms.l2, params).saturated(), least)
+        layout = layout_of(scopes.tree, updates, axis_name, sharded)
+        least = 1e-3 * jnp.sqrt(jnp.asarray(layout.sizes, layout.dtype))
+        return jnp.maximum(measure.measure(layout, norms.l2, params).clamped(), least)
 
     def init(params: Any) -> SafeguardState:
-        whole = functools.partial(planning.whole_on_devices_of, params)
+        whole = functools.partial(whole_on_devices_of, params)
         clip_state: Any = clip.init(params)
         bound_state: Any = bound(jnp.inf).init(params)
         return SafeguardState(
             clip=clip_state,
             inner_state=held.init(params),
             bound=bound_state,
-            update_ratio=whole(jnp.zeros([], planning.tree_dtype(params))),
+            update_ratio=whole(jnp.zeros([], _numerics.tree_dtype(params))),
             skipping=whole(jnp.zeros([], bool)),
             skipped_steps=whole(jnp.zeros([], jnp.int32)),
         )
@@ -141,7 +143,7 @@ def safeguard(
             threshold = number_at(ratio, bound_state.count, allowed) * allowed
             new: Any
             updates, new = bound(threshold).update(updates, bound_state)
-            reached = new.clipped_norm / norms.narrowed(allowed, update_ratio.dtype)
+            reached = new.clipped_norm / _numerics.narrowed(allowed, update_ratio.dtype)
             return updates, (inner_state, new, reached)
 
         states = (state.inner_state, state.bound, jnp.zeros_like(state.update_ratio))

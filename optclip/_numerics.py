@@ -1,0 +1,148 @@
+"""Arithmetic on leaves and norms that stays right at every magnitude and cheap under XLA."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optclip import _jax
+
+Axes = tuple[int, ...]
+
+
+def accumulator(dtype: Any) -> np.dtype:
+    """The dtype a leaf is measured and rescaled in: float32, or float64 for 64-bit leaves."""
+    if dtype in (jnp.float64, jnp.complex128):
+        return jnp.dtype(jnp.float64)
+    return jnp.dtype(jnp.float32)
+
+
+def wide_dtype(x: jax.Array, dtype: np.dtype | None = None) -> np.dtype:
+    """The accumulator dtype of `x` (or `dtype`), or the complex one of the same precision."""
+    dtype = accumulator(x.dtype) if dtype is None else dtype
+    if jnp.iscomplexobj(x):
+        return jnp.dtype(jnp.complex128 if dtype == jnp.float64 else jnp.complex64)
+    return dtype
+
+
+def widened(x: jax.Array, dtype: np.dtype | None = None) -> jax.Array:
+    """`x` in its `wide_dtype`."""
+    wide = wide_dtype(x, dtype)
+    return x if x.dtype == wide else x.astype(wide)
+
+
+def unshared(arrays: list[jax.Array]) -> list[jax.Array]:
+    """The same arrays, to XLA different ones, even where one of them stands there several times.
+
+    A scalar that multiplies several leaves of one shape is broadcast once for all of them, and that
+    is written to memory; as a scalar of its own for every leaf it is not.
+    """
+    if len({id(x) for x in arrays}) == len(arrays):
+        return arrays
+    return list(lax.optimization_barrier(tuple(arrays)))
+
+
+def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """`x` times a real factor, a complex `x` part by part: inf times a complex 1 would be NaN."""
+    if jnp.iscomplexobj(x):
+        return lax.complex(scaled(x.real, factor), scaled(x.imag, factor))
+    return x * (factor if factor.dtype == x.dtype else factor.astype(x.dtype))
+
+
+def modulus(x: jax.Array) -> jax.Array:
+    """|x|, with derivative 0 at 0 for complex entries too (jnp.abs gives NaN there)."""
+    if not jnp.iscomplexobj(x):
+        return jnp.abs(x)
+    zero = x == 0
+    return jnp.where(zero, 0, jnp.abs(jnp.where(zero, jnp.ones_like(x), x)))
+
+
+def sum_along(x: jax.Array, axes: Axes) -> jax.Array:
+    return jnp.sum(x, axis=axes, keepdims=len(axes) < x.ndim)
+
+
+@jax.custom_jvp
+def square_root(x: jax.Array) -> jax.Array:
+    """The square root, with derivative 0 at 0, in a form that XLA fuses into a reduction."""
+    return jnp.sqrt(x)
+
+
+@square_root.defjvp
+def _square_root_jvp(primals: tuple[jax.Array], tangents: tuple[Any]) -> Any:
+    root = square_root(primals[0])
+    zero = root == 0
+    return root, jnp.where(zero, 0, 0.5 / jnp.where(zero, 1, root)) * tangents[0]
+
+
+def nan_if_nonfinite(x: jax.Array, axes: Axes) -> jax.Array:
+    """0 where all entries along `axes` are finite, NaN elsewhere.
+
+    XLA's maximum of a large array on a CPU passes over NaN. A sum does not: 0 * x adds nothing
+    where x is finite and NaN elsewhere. It reads the leaf once more.
+    """
+    x, nothing = lax.optimization_barrier((x, jnp.zeros([], accumulator(x.dtype))))
+    zero = scaled(widened(x), nothing)
+    return sum_along(zero.real if jnp.iscomplexobj(zero) else zero, axes)
+
+
+def largest(dtype: Any) -> float:
+    """The largest finite number of `dtype`."""
+    return float(jnp.finfo(dtype).max)
+
+
+def narrowed(norms: jax.Array, dtype: Any) -> jax.Array:
+    """Norms in another float type; what is finite stays so, at most its largest number."""
+    if norms.dtype == dtype:
+        return norms
+    most = min(largest(dtype), largest(norms.dtype))
+    return jnp.where(jnp.isfinite(norms), jnp.minimum(norms, most), norms).astype(dtype)
+
+
+def where_needed(
+    needed: jax.Array, compute: Callable[..., Any], otherwise: Callable[..., Any], *operands: Any
+) -> Any:
+    """One of two functions; the branch is Python's outside jit, where XLA's would compile anew."""
+    if _jax.is_traced(needed):
+        return lax.cond(needed, compute, otherwise, *operands)
+    return compute(*operands) if needed else otherwise(*operands)
+
+
+def in_pairs(combine: Callable[..., jax.Array], terms: list[jax.Array]) -> jax.Array:
+    """All terms combined, two at a time: roundings grow with the logarithm of their number.
+
+    As a reduction of their stack, a thousand would take XLA much longer to compile.
+    """
+    while len(terms) > 1:
+        pairs = [combine(a, b) for a, b in zip(terms[::2], terms[1::2], strict=False)]
+        terms = pairs + terms[len(pairs) * 2 :]
+    return terms[0]
+
+
+def is_floating(x: Any) -> bool:
+    """Whether a leaf is measured and clipped: floating point or complex, float0 not."""
+    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    return dtype != jax.dtypes.float0 and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def tree_dtype(updates: Any) -> np.dtype:
+    """The dtype norms of a tree are kept in: float64 where a leaf is 64-bit, else float32."""
+    floating = [jnp.result_type(x) for x in jax.tree.leaves(updates) if is_floating(x)]
+    wide = any(accumulator(dtype) == jnp.float64 for dtype in floating)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def scaled_by_exp(x: jax.Array, rate: jax.Array) -> jax.Array:
+    """Of x and exp(rate) the product, without the rounding of exp, which would add up."""
+    return jnp.where(jnp.abs(rate) < 0.5, x + x * jnp.expm1(rate), x * jnp.exp(rate))
+
+
+def rms_ema(old: jax.Array, new: jax.Array, keep: jax.Array) -> jax.Array:
+    """sqrt(keep old^2 + (1 - keep) new^2), as a change of `old`: roundings do not add up."""
+    far = new >= 1e15 * old  # Also where both are 0; squares stay in range below that.
+    ratio = jnp.where(far, 1, new) / jnp.where(far, 1, old)
+    more = (1 - keep) * (ratio - 1) * (ratio + 1)
+    near = old + old * (more / (1 + jnp.sqrt(1 + more)))
+    return jnp.where(far, jnp.sqrt(1 - keep) * new, near)

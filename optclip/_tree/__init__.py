@@ -1,0 +1,1 @@
+"""The only room that touches leaves and devices: `layout`, `measure` and `limit` are its doors."""

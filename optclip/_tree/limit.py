@@ -1,0 +1,101 @@
+"""What is done to the leaves of a tree: multiplied by factors, clamped, zeroed."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optclip import _numerics
+from optclip._tree import pieces
+from optclip._tree.layout import GroupedLeaf, Layout
+from optclip._tree.pieces import PerGroup
+from optclip.limiters import Factor, Limiter, factor_of, root_of_factor
+from optclip.limiters import rescale as rescale_limiter
+from optclip.norms import Magnitude
+
+
+def factors_for(
+    limiter: Limiter,
+    layout: Layout,
+    norms: PerGroup[Magnitude],
+    thresholds: PerGroup[jax.Array],
+) -> PerGroup[Factor]:
+    """The factor of every group; from the pieces themselves where their thresholds are known."""
+    factor = factor_of(limiter, norms.vector, thresholds.vector)
+    if thresholds.pieces:
+        roots = {
+            start: root_of_factor(limiter, norms.pieces[start], own)
+            for start, own in thresholds.pieces.items()
+        }
+        return PerGroup(factor, {start: Factor(root, root) for start, root in roots.items()})
+    coarse, fine = (pieces.split(layout, part) for part in factor)
+    return PerGroup(factor, {start: Factor(coarse[start], fine[start]) for start in coarse})
+
+
+def rescale(layout: Layout, updates: Any, factors: Mapping[int, Factor]) -> Any:
+    """Every leaf times the factor of its groups, in its own dtype.
+
+    Args:
+        layout: The layout.
+        updates: The tree.
+        factors: In pieces; see `PerGroup`.
+    """
+    coarse = pieces.for_each_leaf(
+        layout, {start: factor.coarse for start, factor in factors.items()}
+    )
+    fine = pieces.for_each_leaf(layout, {start: factor.fine for start, factor in factors.items()})
+    own = {member.index: both for member, *both in zip(layout.members, coarse, fine, strict=True)}
+
+    def scaled(member: GroupedLeaf, x: jax.Array) -> jax.Array:
+        coarse, fine = own[member.index]
+        if x.dtype != _numerics.wide_dtype(x):
+            # As in `norms.read`: this cast is not to be shared. Another barrier than there.
+            x, coarse, fine = lax.optimization_barrier((x, coarse, fine))
+        return _numerics.scaled(_numerics.scaled(_numerics.widened(x), coarse), fine)
+
+    return _mapped(layout, updates, scaled)
+
+
+def clamp(layout: Layout, updates: Any, threshold: jax.Array) -> Any:
+    """Every entry limited by itself; a complex one in modulus, keeping its phase."""
+
+    def clamped(member: GroupedLeaf, x: jax.Array) -> jax.Array:
+        x, bound = lax.optimization_barrier((x, threshold))
+        wide, bound = _numerics.widened(x), bound.astype(_numerics.accumulator(x.dtype))
+        if not jnp.iscomplexobj(x):
+            return jnp.clip(wide, -bound, bound)
+        factor = entry_factor(wide, bound)
+        return _numerics.scaled(_numerics.scaled(wide, factor.coarse), factor.fine)
+
+    return _mapped(layout, updates, clamped)
+
+
+def entry_factor(wide: jax.Array, bound: jax.Array) -> Factor:
+    """The factor of every entry, as a group of its own."""
+    # At half the size: a modulus may overflow where the entry does not.
+    half = jnp.full([], 0.5, bound.dtype)
+    modulus = _numerics.modulus(_numerics.scaled(wide, half))
+    return factor_of(rescale_limiter, Magnitude(modulus, half), bound)
+
+
+def zeroed_unless(finite: jax.Array, updates: Any) -> Any:
+    """Zeros in place of all updates, unless the step is finite."""
+
+    def zeroed(x: Any) -> Any:
+        return lax.select(finite, x, jnp.zeros_like(x)) if _numerics.is_floating(x) else x
+
+    return jax.tree.map(zeroed, updates)
+
+
+def _mapped(
+    layout: Layout, updates: Any, change: Callable[[GroupedLeaf, jax.Array], jax.Array]
+) -> Any:
+    """The leaves that take part, changed and back in their dtype; the others as they were."""
+    leaves, structure = jax.tree.flatten(updates)
+    for member in layout.members:
+        x = jnp.asarray(leaves[member.index])
+        changed = change(member, x)
+        leaves[member.index] = changed if changed.dtype == x.dtype else changed.astype(x.dtype)
+    return jax.tree.unflatten(structure, leaves)

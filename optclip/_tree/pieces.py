@@ -1,0 +1,117 @@
+"""One number for each group of a layout, in two forms: a vector of all groups, and pieces.
+
+The vector is what rules remember and what readings are made of. A piece is one leaf's own groups
+(or the one group that several leaves share), in a shape that broadcasts against the leaf. What is
+done to a leaf is computed from its piece, not cut out of the vector: a cut has a place of its own
+for every leaf, so that XLA would compile a kernel for every leaf, where leaves of one shape can
+share one.
+"""
+
+from typing import Generic, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from optclip import _numerics
+from optclip._tree import devices
+from optclip._tree.layout import GroupedLeaf, Layout
+
+Pieces = dict[int, jax.Array]
+"""From `GroupedLeaf.start` to an array of shape () or `GroupedLeaf.kept`."""
+
+T = TypeVar("T")
+
+
+class PerGroup(NamedTuple, Generic[T]):
+    """One number for each group: a norm, a threshold, a factor.
+
+    Attributes:
+        vector: All of them: of `layout.shape`.
+        pieces: The same for each leaf, or for the group that several share, by
+            `GroupedLeaf.start`. Empty where nobody needs them.
+    """
+
+    vector: T
+    pieces: dict[int, T]
+
+
+def concatenate(layout: Layout, pieces: Pieces, missing: float = 0) -> jax.Array:
+    """The vector, of `layout.shape`; `missing` for groups that no leaf takes part in."""
+    if layout.shape == ():
+        return pieces.get(0, jnp.full([], missing, layout.dtype))
+    ordered, end = [], 0
+    # A label that this tree lacks has a place too.
+    for start in [*sorted(pieces), layout.shape[0]]:
+        ordered += [jnp.full(start - end, missing, layout.dtype)] if start > end else []
+        if start in pieces:
+            ordered.append(jnp.reshape(replicated(pieces[start]), (-1,)))
+            end = start + pieces[start].size
+    return (
+        replicated(jnp.concatenate(ordered)) if ordered else jnp.zeros(layout.shape, layout.dtype)
+    )
+
+
+def split(layout: Layout, vector: jax.Array) -> Pieces:
+    """The pieces of a vector."""
+    if layout.shape == ():
+        return {0: vector}
+    vector = replicated(vector)
+    return {
+        member.start: jnp.reshape(
+            replicated(vector[member.start : member.start + member.groups]),
+            member.kept if member.groups > 1 else (),
+        )
+        for member in layout.members
+    }
+
+
+def for_each_leaf(layout: Layout, pieces: Pieces) -> list[jax.Array]:
+    """For each leaf that takes part its piece, or the part of it that this device's part needs."""
+    return _numerics.unshared([_own(member, pieces[member.start]) for member in layout.members])
+
+
+def _own(member: GroupedLeaf, piece: jax.Array) -> jax.Array:
+    if piece.ndim == 0:
+        return piece
+    part = tuple(
+        length // devices.axis_size((member.sharding.dims or {}).get(axis, ()))
+        if axis not in member.axes
+        else length
+        for axis, length in enumerate(member.kept)
+    )
+    return piece if part == member.kept else lax.dynamic_slice(piece, offset(member, part), part)
+
+
+def scatter(member: GroupedLeaf, part: jax.Array) -> jax.Array:
+    """The groups of one device's part in their places among those of the whole leaf."""
+    if part.ndim == 0 or part.shape == member.kept:
+        return part
+    whole = jnp.zeros(member.kept, part.dtype)
+    return lax.dynamic_update_slice(whole, part, offset(member, part.shape))
+
+
+def offset(member: GroupedLeaf, part: tuple[int, ...]) -> list[jax.Array | int]:
+    """Where this device's part of the groups begins."""
+    dims = member.sharding.dims or {}
+    return [
+        lax.axis_index(tuple(dims[axis])) * length
+        if dims.get(axis) and axis not in member.axes
+        else 0
+        for axis, length in enumerate(part)
+    ]
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """Under jit on a mesh: the same array on every device, so that it can be joined with others."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    if sharding is None or x.size == 1 or sharding.mesh.empty:
+        return x
+    whole = NamedSharding(sharding.mesh, PartitionSpec())
+    if any(entry is not None for entry in sharding.spec):
+        return jax.sharding.reshard(x, whole)
+    if AxisType.Auto in sharding.mesh.axis_types:
+        # Left to itself the partitioner joins parts by exchanges between neighbours, a dozen each.
+        return lax.with_sharding_constraint(x, whole)
+    return x

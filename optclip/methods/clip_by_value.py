@@ -1,0 +1,122 @@
+"""`clip_by_value`: every entry by itself, which is no norm clip."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optclip import _numerics, limiters, norms, scopes
+from optclip._checks import at, check_number
+from optclip._tree import limit, measure
+from optclip._tree.layout import Layout, layout_of, shape_of_norms
+from optclip.clipping import Nonfinite, check_nonfinite
+from optclip.state import ClipState, LeafDetail, Outcome, init_state, update_state
+
+
+def clip_by_value(
+    max_delta: Any,
+    *,
+    axis_name: Any = None,
+    sharded: Any = None,
+    nonfinite: Nonfinite = "propagate",
+    detail: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clamps every entry to [-max_delta, max_delta]: value truncation, which turns the gradient.
+
+    .. math:: u_i \leftarrow \max(-\delta, \min(u_i, \delta))
+
+    Like `optax.clip`, Keras' `clipvalue`.
+
+    A norm clip keeps the direction of the gradient and shortens it; this one cuts the large
+    entries and keeps the small ones. Complex entries are limited in modulus and keep their phase
+    (`optax.clip` refuses them).
+
+    Args:
+        max_delta: Largest modulus of an entry, in units of the gradient; a number, traced scalar
+            or Optax schedule. There is no customary value.
+        axis_name: See `clip_by`.
+        sharded: See `clip_by`.
+        nonfinite: See `clip_by`. "propagate" keeps the whole gradient as it is, infinities too.
+        detail: See `clip_by`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `ClipState`. `norm` reads the largest
+        entry, `clip_rate` the share of entries clipped. The readings take two passes over the
+        gradient (one for the largest entry, one for NaN), and a third to count where entries are
+        clipped.
+
+    Raises:
+        ValueError: If `max_delta` is concrete and negative or NaN.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> clip = optclip.clip_by_value(1.0)
+        >>> updates, _ = clip.update(jnp.array([3.0, -0.5]), None)
+        >>> updates.tolist()
+        [1.0, -0.5]
+    """
+    check_number(max_delta, "max_delta=", mend="pass jnp.inf to switch clipping off")
+    check_nonfinite(nonfinite)
+
+    def init(params: Any) -> ClipState:
+        if not detail:
+            return init_state(params)
+        shape = shape_of_norms(scopes.leaf, params, axis_name, sharded)
+        dtype = _numerics.tree_dtype(params)
+        return init_state(params, (), LeafDetail(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, ClipState]:
+        del params, extra_args
+        state = init(updates) if state is None else state
+        layout = layout_of(scopes.tree, updates, axis_name, sharded)
+        leaf_norms = None
+        with jax.named_scope("optclip/measure"):
+            if detail:
+                leaves = layout_of(scopes.leaf, updates, axis_name, sharded)
+                by_leaf = measure.measure(leaves, norms.linf, updates)
+                leaf_norms = by_leaf.clamped()
+                peak = norms.pool(norms.linf, by_leaf, leaves.sizes)
+            else:
+                peak = measure.measure(layout, norms.linf, updates)
+            finite = jnp.all(jnp.isfinite(peak.value))
+        with jax.named_scope("optclip/limit"):
+            threshold = at(max_delta, state.count, peak.value)
+            bound = jnp.where(finite, threshold, jnp.inf)
+            factor = limiters.factor_of(limiters.rescale, peak, bound)
+            share = _share_above(layout, updates, peak.clamped(), bound)
+            updates = limit.clamp(layout, updates, bound)
+            zeroed = nonfinite == "zero"
+            if zeroed:
+                updates = limit.zeroed_unless(finite, updates)
+        left = limiters.clipped_norm(peak, factor)
+        outcome = Outcome(
+            finite=finite,
+            norm=peak.clamped(),
+            clipped_norm=jnp.where(finite, left, 0) if zeroed else left,
+            threshold=threshold,
+            factor=jnp.where(finite, factor.product(), 0) if zeroed else factor.product(),
+            share=share,
+        )
+        groups: LeafDetail | tuple[()] = ()
+        if leaf_norms is not None:
+            groups = LeafDetail(leaf_norms, jnp.minimum(leaf_norms, bound))
+            if zeroed:
+                groups = groups._replace(clipped_norms=jnp.where(finite, groups.clipped_norms, 0))
+        return updates, update_state(state, outcome, (), groups)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _share_above(layout: Layout, updates: Any, peak: jax.Array, bound: jax.Array) -> jax.Array:
+    """The share of entries above the bound."""
+    # Counting reads the gradient once more, so it is left out where nothing is clipped.
+    above = peak > bound
+    return _numerics.where_needed(
+        above,
+        lambda updates: measure.share_above(layout, updates, bound),
+        lambda updates: 0 * above.astype(layout.dtype),
+        updates,
+    )
