@@ -303,3 +303,22 @@ def test_leaves_of_one_role_may_lie_differently(axis_type, size):
     np.testing.assert_allclose(state.norm, size * np.sqrt(192), rtol=1e-6)
     for update in updates:
         np.testing.assert_allclose(jax.device_get(update), 1 / np.sqrt(192), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "spec", [P(None, "data"), P("data"), P(None, None, "data"), P("data", "fsdp")]
+)
+def test_units_of_a_stack_of_matrices_however_it_is_split(spec):
+    """A unit spans axis 0; there is one for each place along the other two, split or not."""
+    random = np.random.default_rng(0)
+    gradient, params = (jnp.asarray(random.normal(size=(4, 4, 6)), jnp.float32) for _ in range(2))
+    alone = optclip.adaptive_grad_clip(0.1, detail=True)
+    expected = alone.update(gradient, alone.init(params), params)
+    clip = optclip.adaptive_grad_clip(
+        0.1, axis_name=("data", "fsdp"), sharded=lambda path: spec, detail=True
+    )
+    whole = jax.tree.map(lambda x: P(), expected[1])
+    update = jax.shard_map(
+        clip.update, mesh=mesh_of(), in_specs=(spec, whole, spec), out_specs=(spec, whole)
+    )
+    assert_close(quick_jit(update)(gradient, alone.init(params), params), expected, rtol=2e-6)
