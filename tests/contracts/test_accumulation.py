@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.samples import ALL_METHODS, assert_close, detailed, gradient, parameters, quick_jit
+from helpers.samples import (
+    ALL_METHODS,
+    assert_close,
+    detailed,
+    gradient,
+    once_a_method,
+    parameters,
+    quick_jit,
+)
 from jax import lax
 
 import optclip
@@ -24,6 +32,17 @@ EVERY = [gradient(seed=seed, scale=seed + 1) for seed in range(2 * MICRO)]
 each_method = pytest.mark.parametrize("method", ALL_METHODS, ids=str)
 
 
+LATER = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=MICRO).gradient_transformation()
+LATER_UPDATE = quick_jit(LATER.update)
+
+
+@once_a_method
+def alone(method):
+    """The transformation, and its update compiled."""
+    transform = detailed(method)
+    return transform, quick_jit(transform.update)
+
+
 def mean(trees):
     return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]) / len(leaves), *trees)
 
@@ -34,7 +53,7 @@ def stacked(trees):
 
 @each_method
 def test_after_a_scan_over_micro_batches_the_clip_sees_the_mean(method):
-    transform = detailed(method)
+    transform, update = alone(method)
 
     @quick_jit
     def accumulated(state, micro_batches):
@@ -44,7 +63,6 @@ def test_after_a_scan_over_micro_batches_the_clip_sees_the_mean(method):
         total, _ = lax.scan(add, jax.tree.map(jnp.zeros_like, PARAMS), micro_batches)
         return transform.update(jax.tree.map(lambda x: x / MICRO, total), state, PARAMS)
 
-    update = quick_jit(transform.update)
     state = expected_state = transform.init(PARAMS)
     for first in (0, MICRO):
         some = EVERY[first : first + MICRO]
@@ -56,7 +74,7 @@ def test_after_a_scan_over_micro_batches_the_clip_sees_the_mean(method):
 @each_method
 def test_in_a_scan_every_micro_batch_is_clipped(method):
     """A scan whose carry is the state of the clip, as the loop it is."""
-    transform = detailed(method)
+    transform, update = alone(method)
 
     @quick_jit
     def accumulated(state, micro_batches):
@@ -69,7 +87,7 @@ def test_in_a_scan_every_micro_batch_is_clipped(method):
         zeros = jax.tree.map(jnp.zeros_like, PARAMS)
         return lax.scan(step, (zeros, state), micro_batches)
 
-    update, state = quick_jit(transform.update), transform.init(PARAMS)
+    state = transform.init(PARAMS)
     (total, found_state), found = accumulated(state, stacked(EVERY))
     every = []
     for micro_batch in EVERY:
@@ -81,15 +99,14 @@ def test_in_a_scan_every_micro_batch_is_clipped(method):
 
 @each_method
 def test_before_multi_steps_every_micro_batch_is_clipped(method):
-    transform = detailed(method)
-    later = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=MICRO).gradient_transformation()
-    optimizer = optax.chain(transform, later)
-    update, alone, rest = map(quick_jit, (optimizer.update, transform.update, later.update))
-    state, clip_state, rest_state = (x.init(PARAMS) for x in (optimizer, transform, later))
+    transform, clip_update = alone(method)
+    optimizer = optax.chain(transform, LATER)
+    update = quick_jit(optimizer.update)
+    state, clip_state, rest_state = (x.init(PARAMS) for x in (optimizer, transform, LATER))
     for place, micro_batch in enumerate(EVERY, 1):
         updates, state = update(micro_batch, state, PARAMS)
-        clipped, clip_state = alone(micro_batch, clip_state, PARAMS)
-        expected, rest_state = rest(clipped, rest_state, PARAMS)
+        clipped, clip_state = clip_update(micro_batch, clip_state, PARAMS)
+        expected, rest_state = LATER_UPDATE(clipped, rest_state, PARAMS)
         largest = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(clipped))
         assert_close(updates, expected, atol=2.0**-23 * largest)  # A mean, in which terms cancel.
         assert_close(state[0], clip_state)
