@@ -308,3 +308,14 @@ def test_safeguard_without_parameters_says_so():
     optimizer = optclip.safeguard(optax.sgd(0.1))
     with pytest.raises(ValueError, match="params"):
         optimizer.update(next(gradients(1)), optimizer.init(PARAMS))
+
+
+def test_after_a_patience_longer_than_its_window_the_last_spikes_fill_the_window():
+    optimizer = optclip.skip_spikes(optax.sgd(0.1), window=4, patience=10, deviations=2.0)
+    state, update = optimizer.init(jnp.zeros(1)), quick_jit(optimizer.update)
+    spikes = [100.0 + place for place in range(10)]
+    for size in [1.0, 1.1, 0.9, 1.0, *spikes, 105.0]:
+        _, state = update(jnp.full(1, size), state, jnp.zeros(1))
+    assert int(state.skipped_steps) == 9
+    last = np.array(spikes[-4:])
+    np.testing.assert_allclose(state.threshold, last.mean() + 2 * last.std(), rtol=1e-5)
