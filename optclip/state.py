@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _numerics
-from optclip._tree.layout import whole_on_devices_of
+from optclip import _numerics, scopes
+from optclip._tree.layout import shape_of_norms, whole_on_devices_of
 from optclip.thresholds.rules import Memory, Step
 
 RECENT_STEPS = 128
@@ -110,6 +110,15 @@ def init_state(params: Any, memory: Memory = (), detail: Detail | tuple[()] = ()
     )
     # Where the parameters lie on a mesh, so does the state: one compilation, not two.
     return whole_on_devices_of(params, state)
+
+
+def init_state_by_leaf(params: Any, axis_name: Any, sharded: Any, *, detail: bool) -> ClipState:
+    """The same for a clip without memory, with the norms of leaves where detail is asked for."""
+    if not detail:
+        return init_state(params)
+    shape = shape_of_norms(scopes.leaf, params, axis_name, sharded)
+    dtype = _numerics.tree_dtype(params)
+    return init_state(params, (), LeafDetail(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
 
 
 def update_state(

@@ -9,9 +9,9 @@ import optax
 from optclip import _numerics, limiters, norms, scopes
 from optclip._checks import at, check_number
 from optclip._tree import limit, measure
-from optclip._tree.layout import Layout, layout_of, shape_of_norms
+from optclip._tree.layout import Layout, layout_of
 from optclip.clipping import Nonfinite, check_nonfinite
-from optclip.state import ClipState, LeafDetail, Outcome, init_state, update_state
+from optclip.state import ClipState, LeafDetail, Outcome, init_state_by_leaf, update_state
 
 
 def clip_by_value(
@@ -60,11 +60,7 @@ def clip_by_value(
     check_nonfinite(nonfinite)
 
     def init(params: Any) -> ClipState:
-        if not detail:
-            return init_state(params)
-        shape = shape_of_norms(scopes.leaf, params, axis_name, sharded)
-        dtype = _numerics.tree_dtype(params)
-        return init_state(params, (), LeafDetail(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+        return init_state_by_leaf(params, axis_name, sharded, detail=detail)
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any

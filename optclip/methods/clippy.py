@@ -10,10 +10,10 @@ from jax import lax
 from optclip import _numerics, scopes
 from optclip._checks import at, check_number
 from optclip._tree import devices, limit, pieces
-from optclip._tree.layout import Layout, layout_of, select_leaves, shape_of_norms
+from optclip._tree.layout import Layout, layout_of, select_leaves
 from optclip.clipping import NO_PARAMS_MSG, Nonfinite, check_nonfinite
 from optclip.limiters import Factor
-from optclip.state import ClipState, LeafDetail, Outcome, init_state, update_state
+from optclip.state import ClipState, LeafDetail, Outcome, init_state_by_leaf, update_state
 
 
 def clippy(
@@ -74,11 +74,7 @@ def clippy(
         return layout_of(scopes.leaf, updates, axis_name, sharded)
 
     def init(params: Any) -> ClipState:
-        if not detail:
-            return init_state(params)
-        shape = shape_of_norms(scopes.leaf, params, axis_name, sharded)
-        dtype = _numerics.tree_dtype(params)
-        return init_state(params, (), LeafDetail(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+        return init_state_by_leaf(params, axis_name, sharded, detail=detail)
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,11 +18,6 @@ from helpers.registry import METHODS, Method
 from helpers.samples import quick_jit
 
 
-def takes(method: Method, argument: str) -> bool:
-    """Whether the method has an argument of that name."""
-    return argument in inspect.signature(method.factory).parameters
-
-
 def each(wanted: Callable[[Method], bool]) -> Any:
     """One test for each method that is `wanted`."""
     return pytest.mark.parametrize("method", list(filter(wanted, METHODS)), ids=str)
@@ -33,7 +27,7 @@ each_method = each(lambda method: True)
 each_method_with_numbers = each(lambda method: bool(method.traced))
 each_method_without_memory = each(lambda method: not method.has_memory)
 each_method_with_a_threshold = each(lambda method: bool(method.traced) and not method.has_memory)
-each_method_with_detail = each(lambda m: takes(m, "detail"))
+each_method_with_detail = each(lambda m: m.takes("detail"))
 
 
 LARGEST = float(np.finfo(np.float32).max)
