@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from optclip import _jax
 
@@ -68,24 +69,24 @@ def check_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def number_at(value: Any, count: jax.Array, like: jax.Array) -> jax.Array:
+def number_at(value: optax.ScalarOrSchedule, count: jax.Array, like: jax.Array) -> jax.Array:
     """A number, traced scalar or schedule, now, as a scalar in the dtype of `like`."""
-    value = value(count) if callable(value) else value
-    if isinstance(value, jax.Array):
-        return value.astype(like.dtype)
-    number, most = float(value), float(jnp.finfo(like.dtype).max)
+    now: Any = value(count) if callable(value) else value
+    if isinstance(now, jax.Array):
+        return now.astype(like.dtype)
+    number, most = float(now), float(jnp.finfo(like.dtype).max)
     # A number beyond the dtype's range is as large as can be, and not infinite.
     number = number if math.isinf(number) else min(max(number, -most), most)
     return jnp.asarray(number, like.dtype)
 
 
-def at(value: Any, count: jax.Array, like: jax.Array) -> jax.Array:
+def at(value: optax.ScalarOrSchedule, count: jax.Array, like: jax.Array) -> jax.Array:
     """The same for a threshold: a negative number counts as 0, a NaN clips nothing."""
     number = number_at(value, count, like)
     return jnp.where(jnp.isnan(number), jnp.inf, jnp.maximum(number, 0)).astype(like.dtype)
 
 
-def check_decay(decay: Any) -> None:
+def check_decay(decay: optax.ScalarOrSchedule) -> None:
     """Refuses a concrete decay outside [0, 1): at 1 nothing is ever learned."""
     below_one = 1 - 2.0**-24
     check_number(decay, "decay=", high=below_one, mend="0.97 looks back over about 33 steps")

@@ -13,7 +13,7 @@ from optclip import _jax
 Axes = tuple[int, ...]
 
 
-def accumulator(dtype: Any) -> np.dtype:
+def accumulator(dtype: jax.typing.DTypeLike) -> np.dtype:
     """The dtype a leaf is measured and rescaled in: float32, or float64 for 64-bit leaves."""
     if dtype in (jnp.float64, jnp.complex128):
         return jnp.dtype(jnp.float64)
@@ -88,12 +88,12 @@ def nan_if_nonfinite(x: jax.Array, axes: Axes) -> jax.Array:
     return sum_along(zero.real if jnp.iscomplexobj(zero) else zero, axes)
 
 
-def largest(dtype: Any) -> float:
+def largest(dtype: jax.typing.DTypeLike) -> float:
     """The largest finite number of `dtype`."""
     return float(jnp.finfo(dtype).max)
 
 
-def narrowed(norms: jax.Array, dtype: Any) -> jax.Array:
+def narrowed(norms: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Norms in another float type; what is finite stays so, at most its largest number."""
     if norms.dtype == dtype:
         return norms

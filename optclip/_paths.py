@@ -3,9 +3,10 @@
 from typing import Any
 
 import jax
+import optax
 
 
-def leaves_with_paths(updates: Any) -> list[tuple[str, Any]]:
+def leaves_with_paths(updates: optax.Updates) -> list[tuple[str, Any]]:
     """The leaves with their paths ("block_0/attention/kernel"), in order."""
     found: list[tuple[Any, Any]] = []
     for path, node in jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_variable)[0]:
@@ -28,7 +29,7 @@ def array_in(node: Any) -> Any:
     return node.get_value() if is_variable(node) else node
 
 
-def answer_per_leaf(question: Any, updates: Any, name: str) -> list[Any]:
+def answer_per_leaf(question: Any, updates: optax.Updates, name: str) -> list[Any]:
     """One answer per leaf, from a function of the path or from a (prefix) tree of answers."""
     if callable(question):
         return [question(path) for path, _ in leaves_with_paths(updates)]

@@ -1,5 +1,6 @@
 """`clip_by`: measure, threshold, limit, observe, as one Optax transformation."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -26,18 +27,18 @@ from optclip.state import (
     where_learned,
 )
 from optclip.thresholds import ParameterNorms, Rule
-from optclip.thresholds.rules import first_memory
+from optclip.thresholds.rules import RuleLike, first_memory
 
 Nonfinite = Literal["propagate", "zero"]
 
 
 def clip_by(
-    rule: Any,
+    rule: RuleLike,
     *,
     scope: Scope = scopes.tree,
     norm: Norm = norms.l2,
     limiter: Limiter = limiters.rescale,
-    axis_name: Any = None,
+    axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
     nonfinite: Nonfinite = "propagate",
     detail: bool = False,
@@ -98,7 +99,7 @@ def clip_by(
     kind_of_detail = LeafDetail if by_leaf else GroupDetail
     detail_scope = scopes.leaf if scope.one_group else scope
 
-    def init(params: Any) -> ClipState:
+    def init(params: optax.Params) -> ClipState:
         dtype = _numerics.tree_dtype(params)
 
         def zeros(scope: Scope) -> jax.Array:
@@ -122,7 +123,9 @@ def clip_by(
     ) -> PerGroup[jax.Array]:
         """What the rule allows; by pieces too, where it can be asked for each by itself."""
 
-        def ask(norms: Magnitude, of_params: list[Magnitude], sizes: Any) -> jax.Array:
+        def ask(
+            norms: Magnitude, of_params: list[Magnitude], sizes: jax.typing.ArrayLike
+        ) -> jax.Array:
             seen = (_numerics.narrowed(x.clamped(), state.norm.dtype) for x in (norms, *of_params))
             now, *references = seen
             reference = ParameterNorms(references[0], sizes) if references else None
@@ -142,8 +145,8 @@ def clip_by(
         return PerGroup(jnp.broadcast_to(asked, layout.shape), pieces)
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, ClipState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, ClipState]:
         del extra_args
         if rule.needs_params and params is None:
             raise ValueError(NO_PARAMS_MSG)
@@ -220,7 +223,7 @@ def _check(rule: Rule, scope: Any, norm: Any, limiter: Any, nonfinite: Any) -> N
         )
 
 
-def check_nonfinite(nonfinite: Any) -> None:
+def check_nonfinite(nonfinite: str) -> None:
     """Refuses anything but the two policies."""
     check_choice(nonfinite, ("propagate", "zero"), "nonfinite=")
 

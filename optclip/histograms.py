@@ -41,7 +41,7 @@ def recording(
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation with a `ClipState` whose memory becomes a `NormHistogram` of its norms."""
 
-    def init(params: Any) -> ClipState:
+    def init(params: optax.Params) -> ClipState:
         state: Any = measured.init(params)
         by_group = ()
         if state.detail:
@@ -50,8 +50,8 @@ def recording(
         return state._replace(memory=whole_on_devices_of(params, empty))
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, ClipState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, ClipState]:
         if state is None:
             raise ValueError(NEEDS_STATE_MSG)
         updates, new = measured.update(updates, state._replace(memory=()), params, **extra_args)

@@ -269,7 +269,7 @@ _RANGES = {
 }
 
 
-def can_leave_range(dtype: Any) -> bool:
+def can_leave_range(dtype: jax.typing.DTypeLike) -> bool:
     """Whether squares of `dtype` can leave their accumulator's range; 8- and 16-bit floats' cannot.
 
     The exception among the narrow ones is bfloat16, which has float32's exponents.

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from optclip._numerics import Axes
 from optclip._paths import answer_per_leaf
@@ -49,7 +50,7 @@ def _whole(path: str, shape: tuple[int, ...]) -> Axes:
     return tuple(range(len(shape)))
 
 
-def _same(updates: Any) -> list[Label]:
+def _same(updates: optax.Updates) -> list[Label]:
     return ["all"] * len(jax.tree.leaves(updates))
 
 
@@ -80,7 +81,7 @@ def group(labels: Any, order: Sequence[Label] | None = None) -> Scope:
         >>> by_block = scopes.group(lambda path: path.split("/")[0])
     """
 
-    def labels_of(updates: Any) -> list[Label | None]:
+    def labels_of(updates: optax.Updates) -> list[Label | None]:
         return answer_per_leaf(labels, updates, "labels")
 
     ordered = None if order is None else tuple(order)

@@ -1,5 +1,6 @@
 """`ClipState`: what a clip remembers and what it read, and how a step moves it on."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -93,7 +94,9 @@ class Outcome(NamedTuple):
     share: jax.Array
 
 
-def init_state(params: Any, memory: Memory = (), detail: Detail | tuple[()] = ()) -> ClipState:
+def init_state(
+    params: optax.Params, memory: Memory = (), detail: Detail | tuple[()] = ()
+) -> ClipState:
     """The state before the first step."""
     dtype = _numerics.tree_dtype(params)
     state = ClipState(
@@ -112,7 +115,9 @@ def init_state(params: Any, memory: Memory = (), detail: Detail | tuple[()] = ()
     return whole_on_devices_of(params, state)
 
 
-def init_state_by_leaf(params: Any, axis_name: Any, sharded: Any, *, detail: bool) -> ClipState:
+def init_state_by_leaf(
+    params: optax.Params, axis_name: str | Sequence[str] | None, sharded: Any, *, detail: bool
+) -> ClipState:
     """The same for a clip without memory, with the norms of leaves where detail is asked for."""
     if not detail:
         return init_state(params)

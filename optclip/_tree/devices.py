@@ -7,8 +7,8 @@ axis must be counted once: its statistic is divided by the axis' size before the
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 from jax import lax
@@ -41,14 +41,14 @@ class LeafSharding(NamedTuple):
 WHOLE = LeafSharding(dims={})
 
 
-def axis_names(axis_name: Any) -> tuple[str, ...] | None:
+def axis_names(axis_name: str | Sequence[str] | None) -> tuple[str, ...] | None:
     """`axis_name` as a tuple; None stays None."""
-    if axis_name is None or isinstance(axis_name, tuple | list):
-        return None if axis_name is None else tuple(axis_name)
-    return (axis_name,)
+    if axis_name is None:
+        return None
+    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (cast(str, axis_name),)
 
 
-def are_bound(axis_name: Any) -> bool:
+def are_bound(axis_name: str | Sequence[str] | None) -> bool:
     """Whether this is inside the `shard_map` or `pmap` that `axis_name` speaks of."""
     try:
         axis_size(axis_names(axis_name) or ())
@@ -73,7 +73,9 @@ def as_varying(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
-def sharding_of(path: str, leaf: jax.Array, axis_name: Any, sharded: Any) -> LeafSharding:
+def sharding_of(
+    path: str, leaf: jax.Array, axis_name: str | Sequence[str] | None, sharded: Any
+) -> LeafSharding:
     """How `leaf` lies on the axes of `axis_name`.
 
     Args:

@@ -6,11 +6,13 @@ devices.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optclip import _jax, _numerics
@@ -90,7 +92,12 @@ def whole_on_devices_of(tree: Any, state: _Tree) -> _Tree:
     return state
 
 
-def layout_of(scope: Scope, updates: Any, axis_name: Any = None, sharded: Any = None) -> Layout:
+def layout_of(
+    scope: Scope,
+    updates: optax.Updates,
+    axis_name: str | Sequence[str] | None = None,
+    sharded: Any = None,
+) -> Layout:
     """Looks at a tree: which leaves take part, in which groups, split over which devices.
 
     Leaves that are not floating point (integers, booleans, float0) take no part, nor those without
@@ -131,7 +138,10 @@ def layout_of(scope: Scope, updates: Any, axis_name: Any = None, sharded: Any = 
 
 
 def shape_of_norms(
-    scope: Scope, params: Any, axis_name: Any = None, sharded: Any = None
+    scope: Scope,
+    params: optax.Params,
+    axis_name: str | Sequence[str] | None = None,
+    sharded: Any = None,
 ) -> tuple[int, ...]:
     """Shape of the array of norms, for a state that is made before the first update.
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from optclip import _numerics
@@ -34,7 +35,7 @@ def factors_for(
     return PerGroup(factor, {start: Factor(coarse[start], fine[start]) for start in coarse})
 
 
-def rescale(layout: Layout, updates: Any, factors: Mapping[int, Factor]) -> Any:
+def rescale(layout: Layout, updates: optax.Updates, factors: Mapping[int, Factor]) -> Any:
     """Every leaf times the factor of its groups, in its own dtype.
 
     Args:
@@ -58,7 +59,7 @@ def rescale(layout: Layout, updates: Any, factors: Mapping[int, Factor]) -> Any:
     return _mapped(layout, updates, scaled)
 
 
-def clamp(layout: Layout, updates: Any, threshold: jax.Array) -> Any:
+def clamp(layout: Layout, updates: optax.Updates, threshold: jax.Array) -> Any:
     """Every entry limited by itself; a complex one in modulus, keeping its phase."""
 
     def clamped(member: GroupedLeaf, x: jax.Array) -> jax.Array:
@@ -80,7 +81,7 @@ def entry_factor(wide: jax.Array, bound: jax.Array) -> Factor:
     return factor_of(rescale_limiter, Magnitude(modulus, half), bound)
 
 
-def zeroed_unless(finite: jax.Array, updates: Any) -> Any:
+def zeroed_unless(finite: jax.Array, updates: optax.Updates) -> Any:
     """Zeros in place of all updates, unless the step is finite."""
 
     def zeroed(x: Any) -> Any:
@@ -90,7 +91,7 @@ def zeroed_unless(finite: jax.Array, updates: Any) -> Any:
 
 
 def _mapped(
-    layout: Layout, updates: Any, change: Callable[[GroupedLeaf, jax.Array], jax.Array]
+    layout: Layout, updates: optax.Updates, change: Callable[[GroupedLeaf, jax.Array], jax.Array]
 ) -> Any:
     """The leaves that take part, changed and back in their dtype; the others as they were."""
     leaves, structure = jax.tree.flatten(updates)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
 from optclip import _numerics, norms
@@ -222,7 +223,7 @@ def _total_of_alike(
     return _numerics.in_pairs(lax.add, totals)
 
 
-def share_above(layout: Layout, updates: Any, threshold: jax.Array) -> jax.Array:
+def share_above(layout: Layout, updates: optax.Updates, threshold: jax.Array) -> jax.Array:
     """The share of entries whose modulus is above the threshold."""
 
     def count(x: jax.Array) -> jax.Array:

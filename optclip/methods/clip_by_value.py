@@ -1,5 +1,6 @@
 """`clip_by_value`: every entry by itself, which is no norm clip."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,9 +16,9 @@ from optclip.state import ClipState, LeafDetail, Outcome, init_state_by_leaf, up
 
 
 def clip_by_value(
-    max_delta: Any,
+    max_delta: optax.ScalarOrSchedule,
     *,
-    axis_name: Any = None,
+    axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
     nonfinite: Nonfinite = "propagate",
     detail: bool = False,
@@ -59,12 +60,12 @@ def clip_by_value(
     check_number(max_delta, "max_delta=", mend="pass jnp.inf to switch clipping off")
     check_nonfinite(nonfinite)
 
-    def init(params: Any) -> ClipState:
+    def init(params: optax.Params) -> ClipState:
         return init_state_by_leaf(params, axis_name, sharded, detail=detail)
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, ClipState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, ClipState]:
         del params, extra_args
         state = init(updates) if state is None else state
         layout = layout_of(scopes.tree, updates, axis_name, sharded)
@@ -106,7 +107,9 @@ def clip_by_value(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _share_above(layout: Layout, updates: Any, peak: jax.Array, bound: jax.Array) -> jax.Array:
+def _share_above(
+    layout: Layout, updates: optax.Updates, peak: jax.Array, bound: jax.Array
+) -> jax.Array:
     """The share of entries above the bound."""
     # Counting reads the gradient once more, so it is left out where nothing is clipped.
     above = peak > bound

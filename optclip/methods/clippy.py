@@ -1,5 +1,6 @@
 """Clippy: a bound on every entry of the update, relative to its parameter, that keeps direction."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,10 +18,10 @@ from optclip.state import ClipState, LeafDetail, Outcome, init_state_by_leaf, up
 
 
 def clippy(
-    relative: Any = 0.1,
-    absolute: Any = 1e-7,
+    relative: optax.ScalarOrSchedule = 0.1,
+    absolute: optax.ScalarOrSchedule = 1e-7,
     *,
-    axis_name: Any = None,
+    axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
     nonfinite: Nonfinite = "propagate",
     detail: bool = False,
@@ -70,15 +71,15 @@ def clippy(
     check_number(absolute, "absolute=", mend="the default is 1e-7")
     check_nonfinite(nonfinite)
 
-    def look(updates: Any) -> Layout:
+    def look(updates: optax.Updates) -> Layout:
         return layout_of(scopes.leaf, updates, axis_name, sharded)
 
-    def init(params: Any) -> ClipState:
+    def init(params: optax.Params) -> ClipState:
         return init_state_by_leaf(params, axis_name, sharded, detail=detail)
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, ClipState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, ClipState]:
         del extra_args
         if params is None:
             raise ValueError(NO_PARAMS_MSG)
@@ -124,7 +125,11 @@ def clippy(
 
 
 def _roots_of_ratios(
-    layout: Layout, updates: Any, params: Any, relative: jax.Array, absolute: jax.Array
+    layout: Layout,
+    updates: optax.Updates,
+    params: optax.Params,
+    relative: jax.Array,
+    absolute: jax.Array,
 ) -> pieces.Pieces:
     """Of each leaf the largest ratio of an entry to its bound, as its square root.
 

@@ -1,6 +1,6 @@
 """Clips by a fixed or scheduled threshold."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,10 +14,10 @@ from optclip.scopes import Scope
 
 
 def clip_by_global_norm(
-    max_norm: Any,
+    max_norm: optax.ScalarOrSchedule,
     *,
-    ord: Any = None,
-    axis_name: Any = None,
+    ord: float | None = None,
+    axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
     nonfinite: Nonfinite = "propagate",
     detail: bool = False,
@@ -73,9 +73,9 @@ def clip_by_global_norm(
 
 
 def clip_by_leaf_norm(
-    max_norm: Any,
+    max_norm: optax.ScalarOrSchedule,
     *,
-    axis_name: Any = None,
+    axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
     nonfinite: Nonfinite = "propagate",
     detail: bool = False,
@@ -124,10 +124,10 @@ def clip_by_leaf_norm(
 
 
 def clip_by_group_norm(
-    max_norm: Any,
+    max_norm: optax.ScalarOrSchedule | Mapping[Any, optax.ScalarOrSchedule],
     labels: Any,
     *,
-    axis_name: Any = None,
+    axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
     nonfinite: Nonfinite = "propagate",
     detail: bool = False,
@@ -171,7 +171,6 @@ def clip_by_group_norm(
         >>> round(float(updates["embedding"][0]), 6), float(updates["dense"][0])
         (0.1, 0.5)
     """
-    rule, order = max_norm, None
     if isinstance(max_norm, Mapping):
         if not max_norm:
             raise ValueError(
@@ -180,6 +179,7 @@ def clip_by_group_norm(
         rule, order = thresholds.per_group(max_norm), list(max_norm)
     else:
         check_number(max_norm, "max_norm=", mend="pass jnp.inf to switch clipping off")
+        rule, order = thresholds.constant(max_norm), None
     return clip_by(
         rule,
         scope=scopes.group(labels, order),
@@ -191,9 +191,9 @@ def clip_by_group_norm(
 
 
 def clip_by_block_rms(
-    threshold: Any,
+    threshold: optax.ScalarOrSchedule,
     *,
-    axis_name: Any = None,
+    axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
     nonfinite: Nonfinite = "propagate",
     detail: bool = False,
@@ -246,9 +246,9 @@ def clip_by_block_rms(
 
 
 def smooth_clip(
-    max_norm: Any,
+    max_norm: optax.ScalarOrSchedule,
     *,
-    axis_name: Any = None,
+    axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
     nonfinite: Nonfinite = "propagate",
     detail: bool = False,
@@ -303,7 +303,7 @@ def measure_norms(
     scope: Scope = scopes.tree,
     norm: Norm = norms.l2,
     histogram: bool = False,
-    axis_name: Any = None,
+    axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
     nonfinite: Nonfinite = "propagate",
     detail: bool = False,

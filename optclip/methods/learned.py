@@ -1,7 +1,9 @@
 """Clips whose threshold is learned from the norms of the run."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import optax
 
 from optclip import scopes, thresholds
@@ -12,11 +14,11 @@ from optclip.thresholds.outliers import LearnFromOutliers, ZVariant
 
 
 def autoclip(
-    percentile: Any = 10.0,
+    percentile: optax.ScalarOrSchedule = 10.0,
     window: int = 1024,
     *,
     learn_from: LearnFrom = "raw",
-    axis_name: Any = None,
+    axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
     nonfinite: Nonfinite = "propagate",
     detail: bool = False,
@@ -74,11 +76,11 @@ def autoclip(
 
 
 def clip_by_quantile(
-    quantile: Any = 0.9,
-    step_size: Any = 0.2,
-    init: Any = None,
+    quantile: optax.ScalarOrSchedule = 0.9,
+    step_size: optax.ScalarOrSchedule = 0.2,
+    init: float | jax.Array | None = None,
     *,
-    axis_name: Any = None,
+    axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
     nonfinite: Nonfinite = "propagate",
     detail: bool = False,
@@ -135,14 +137,14 @@ def clip_by_quantile(
 
 
 def zclip(
-    z_threshold: Any = 2.5,
-    decay: Any = 0.97,
-    warmup_steps: Any = 25,
+    z_threshold: optax.ScalarOrSchedule = 2.5,
+    decay: optax.ScalarOrSchedule = 0.97,
+    warmup_steps: optax.ScalarOrSchedule = 25,
     variant: ZVariant = "reciprocal",
     *,
     learn_from: LearnFromOutliers = "clipped",
-    patience: Any = None,
-    axis_name: Any = None,
+    patience: float | jax.Array | None = None,
+    axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
     nonfinite: Nonfinite = "propagate",
     detail: bool = False,
@@ -208,14 +210,14 @@ def zclip(
 
 
 def adagc(
-    relative: Any = 1.05,
-    decay: Any = 0.98,
-    warmup_steps: Any = 100,
-    max_norm: Any = 1.0,
+    relative: optax.ScalarOrSchedule = 1.05,
+    decay: optax.ScalarOrSchedule = 0.98,
+    warmup_steps: optax.ScalarOrSchedule = 100,
+    max_norm: optax.ScalarOrSchedule = 1.0,
     *,
     learn_from: LearnFrom = "clipped",
-    patience: Any = None,
-    axis_name: Any = None,
+    patience: float | jax.Array | None = None,
+    axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
     nonfinite: Nonfinite = "propagate",
     detail: bool = False,
@@ -283,11 +285,11 @@ def adagc(
 
 
 def clip_by_window(
-    deviations: Any = 3.0,
+    deviations: optax.ScalarOrSchedule = 3.0,
     window: int = 128,
     *,
     learn_from: LearnFrom = "raw",
-    axis_name: Any = None,
+    axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
     nonfinite: Nonfinite = "propagate",
     detail: bool = False,
@@ -340,12 +342,12 @@ def clip_by_window(
 
 
 def clip_by_moving_average(
-    multiplier: Any = 2.0,
-    decay: Any = 0.99,
+    multiplier: optax.ScalarOrSchedule = 2.0,
+    decay: optax.ScalarOrSchedule = 0.99,
     *,
     learn_from: LearnFrom = "clipped",
-    patience: Any = None,
-    axis_name: Any = None,
+    patience: float | jax.Array | None = None,
+    axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
     nonfinite: Nonfinite = "propagate",
     detail: bool = False,
@@ -401,12 +403,12 @@ def clip_by_moving_average(
 
 
 def robust_clip(
-    deviations: Any = 2.0,
-    decay: Any = 0.97,
-    max_rise: Any = float("inf"),
+    deviations: optax.ScalarOrSchedule = 2.0,
+    decay: optax.ScalarOrSchedule = 0.97,
+    max_rise: optax.ScalarOrSchedule = float("inf"),
     *,
     learn_from: LearnFromOutliers = "winsorized",
-    axis_name: Any = None,
+    axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
     nonfinite: Nonfinite = "propagate",
     detail: bool = False,
@@ -468,6 +470,6 @@ def robust_clip(
     )
 
 
-def _patient(rule: Rule, patience: Any) -> Rule:
+def _patient(rule: Rule, patience: float | jax.Array | None) -> Rule:
     """The rule, with patience where there is one."""
     return rule if patience is None else thresholds.patient(rule, patience)

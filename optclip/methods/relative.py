@@ -1,5 +1,6 @@
 """Clips by a threshold relative to the parameters."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import optax
@@ -7,15 +8,15 @@ import optax
 from optclip import scopes, thresholds
 from optclip._checks import check_number
 from optclip.clipping import Nonfinite, clip_by
-from optclip.scopes import Scope
+from optclip.scopes import Scope, UnitAxes
 
 
 def adaptive_grad_clip(
-    clipping: Any,
-    eps: Any = 1e-3,
-    axis: Any = None,
+    clipping: optax.ScalarOrSchedule,
+    eps: optax.ScalarOrSchedule = 1e-3,
+    axis: UnitAxes = None,
     *,
-    axis_name: Any = None,
+    axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
     nonfinite: Nonfinite = "propagate",
     detail: bool = False,
@@ -83,11 +84,11 @@ def adaptive_grad_clip(
 
 
 def clip_by_param_norm(
-    ratio: Any,
-    eps: Any = 1e-3,
+    ratio: optax.ScalarOrSchedule,
+    eps: optax.ScalarOrSchedule = 1e-3,
     *,
     scope: Scope = scopes.tree,
-    axis_name: Any = None,
+    axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
     nonfinite: Nonfinite = "propagate",
     detail: bool = False,

@@ -1,6 +1,7 @@
 """`safeguard`: the two clips that a run needs, around any optimizer."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,10 +41,10 @@ class SafeguardState(NamedTuple):
 def safeguard(
     inner: optax.GradientTransformation,
     *,
-    deviations: Any = 2.0,
-    ratio: Any = 0.01,
+    deviations: optax.ScalarOrSchedule = 2.0,
+    ratio: optax.ScalarOrSchedule = 0.01,
     nonfinite: SkipNonfinite = "skip",
-    axis_name: Any = None,
+    axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The two clips that a run needs, around any optimizer, with no threshold to choose.
@@ -102,16 +103,16 @@ def safeguard(
     check_number(ratio, "ratio=", mend="pass jnp.inf to switch the bound off")
     clip = robust_clip(deviations, axis_name=axis_name, sharded=sharded)
 
-    def bound(threshold: Any) -> optax.GradientTransformationExtraArgs:
+    def bound(threshold: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
         return clip_by(threshold, axis_name=axis_name, sharded=sharded)
 
-    def length(updates: Any, params: Any) -> jax.Array:
+    def length(updates: optax.Updates, params: optax.Params) -> jax.Array:
         """The norm of the parameters, or the floor of `clip_by_param_norm` under it."""
         layout = layout_of(scopes.tree, updates, axis_name, sharded)
         least = 1e-3 * jnp.sqrt(jnp.asarray(layout.sizes, layout.dtype))
         return jnp.maximum(measure.measure(layout, norms.l2, params).clamped(), least)
 
-    def init(params: Any) -> SafeguardState:
+    def init(params: optax.Params) -> SafeguardState:
         whole = functools.partial(whole_on_devices_of, params)
         clip_state: Any = clip.init(params)
         bound_state: Any = bound(jnp.inf).init(params)
@@ -125,8 +126,8 @@ def safeguard(
         )
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, SafeguardState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, SafeguardState]:
         if state is None:
             raise ValueError(NEEDS_STATE_MSG)
         if params is None:
@@ -136,7 +137,9 @@ def safeguard(
         skipping = clip_state.nonfinite_steps > state.clip.nonfinite_steps
         skipping &= nonfinite == "skip"
 
-        def step(updates: Any, states: Any, params: Any, **extra_args: Any) -> tuple[Any, Any]:
+        def step(
+            updates: optax.Updates, states: Any, params: optax.Params, **extra_args: Any
+        ) -> tuple[Any, Any]:
             inner_state, bound_state, update_ratio = states
             updates, inner_state = held.update(updates, inner_state, params, **extra_args)
             allowed = length(updates, params)

@@ -5,7 +5,7 @@ advance. A wrapper can leave the optimizer it holds exactly as it was.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -64,11 +64,11 @@ class SkipState(NamedTuple):
 def skip_spikes(
     inner: optax.GradientTransformation,
     *,
-    deviations: Any = 6.0,
+    deviations: float | jax.Array = 6.0,
     window: int = 128,
     nonfinite: SkipNonfinite = "skip",
-    patience: Any = 20,
-    axis_name: Any = None,
+    patience: float | jax.Array = 20,
+    axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Leaves out the steps whose gradient is a spike or is not finite.
@@ -120,7 +120,7 @@ def skip_spikes(
     numbers(patience, "patience=", low=1, mend="pass jnp.inf to wait for ever")
     check_choice(nonfinite, ("skip", "propagate"), "nonfinite=")
 
-    def init(params: Any) -> SkipState:
+    def init(params: optax.Params) -> SkipState:
         dtype = _numerics.tree_dtype(params)
 
         def empty() -> Accepted:
@@ -142,8 +142,13 @@ def skip_spikes(
         return whole_on_devices_of(params, state)._replace(inner_state=held.init(params))
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, loss: Any = None, **extra_args: Any
-    ) -> tuple[Any, SkipState]:
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        loss: jax.typing.ArrayLike | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SkipState]:
         if state is None:
             raise ValueError(NEEDS_STATE_MSG)
         layout = layout_of(scopes.tree, updates, axis_name, sharded)
@@ -190,9 +195,9 @@ def skip_spikes(
 def unless(
     skipping: jax.Array,
     update: Callable[..., Any],
-    updates: Any,
+    updates: optax.Updates,
     inner_state: Any,
-    params: Any,
+    params: optax.Params | None,
     extra_args: dict[str, Any],
 ) -> tuple[Any, Any]:
     """The optimizer's step, or zeros and its state as it was."""
@@ -208,7 +213,7 @@ def unless(
     return jax.tree.map(choose, zeros, stepped), jax.tree.map(choose, inner_state, stepped_state)
 
 
-def _limit(ring: Accepted, deviations: Any, patience: Any) -> jax.Array:
+def _limit(ring: Accepted, deviations: float | jax.Array, patience: float | jax.Array) -> jax.Array:
     """Mean plus deviations of the ordinary values; infinity while there are few."""
     dtype, window = ring.values.dtype, ring.values.size
     filled = jnp.arange(window, dtype=jnp.int32) < ring.count

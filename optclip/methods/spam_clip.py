@@ -19,12 +19,12 @@ from optclip.thresholds.averages import LearnFrom, check_learn_from
 
 
 def spam_clip(
-    threshold: Any = 5000.0,
-    decay: Any = 0.999,
-    warmup_steps: Any = 20,
+    threshold: optax.ScalarOrSchedule = 5000.0,
+    decay: optax.ScalarOrSchedule = 0.999,
+    warmup_steps: optax.ScalarOrSchedule = 20,
     *,
     learn_from: LearnFrom = "clipped",
-    axis_name: Any = None,
+    axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
     nonfinite: Nonfinite = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
@@ -77,13 +77,13 @@ def spam_clip(
     check_decay(decay)
     check_nonfinite(nonfinite)
 
-    def init(params: Any) -> ClipState:
+    def init(params: optax.Params) -> ClipState:
         # Made of the parameters, not of their shapes, so that it lies on the devices as they do.
         return init_state(params)._replace(memory=jax.tree.map(_second_moment, params))
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, ClipState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, ClipState]:
         del params, extra_args
         if state is None:
             raise ValueError(NEEDS_STATE_MSG)
@@ -196,7 +196,7 @@ def _look_closer(
     return largest, _over_devices(lax.psum, layout, _numerics.in_pairs(lax.add, counts))
 
 
-def _largest(dtype: Any, numbers: Sequence[jax.Array]) -> jax.Array:
+def _largest(dtype: jax.typing.DTypeLike, numbers: Sequence[jax.Array]) -> jax.Array:
     return _numerics.in_pairs(lax.max, [x.astype(dtype) for x in numbers])
 
 

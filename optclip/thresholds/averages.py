@@ -1,9 +1,10 @@
 """Rules that remember a number or two per group: averages and an online quantile."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optclip import _numerics
 from optclip import norms as norm_kinds
@@ -37,8 +38,8 @@ class Average(NamedTuple):
 
 
 def moving_average(
-    multiplier: Any,
-    decay: Any,
+    multiplier: optax.ScalarOrSchedule,
+    decay: optax.ScalarOrSchedule,
     learn_from: LearnFrom = "clipped",
 ) -> Rule:
     """`multiplier` times the exponential moving average of earlier norms, corrected for its start.
@@ -73,7 +74,11 @@ def moving_average(
     return Rule(init, threshold, observe, has_memory=True)
 
 
-def online_quantile(quantile: Any, step_size: Any, init: Any = None) -> Rule:
+def online_quantile(
+    quantile: optax.ScalarOrSchedule,
+    step_size: optax.ScalarOrSchedule,
+    init: float | jax.Array | None = None,
+) -> Rule:
     """A threshold that rises by a factor at a norm above it and falls at one below.
 
     Args:
@@ -110,10 +115,10 @@ def online_quantile(quantile: Any, step_size: Any, init: Any = None) -> Rule:
 
 
 def leaf_average(
-    relative: Any,
-    decay: Any,
-    warmup_steps: Any,
-    max_norm: Any,
+    relative: optax.ScalarOrSchedule,
+    decay: optax.ScalarOrSchedule,
+    warmup_steps: optax.ScalarOrSchedule,
+    max_norm: optax.ScalarOrSchedule,
     learn_from: LearnFrom = "clipped",
 ) -> Rule:
     """`relative` times each group's own average, after a clip of all together; `optclip.adagc`.

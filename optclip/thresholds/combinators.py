@@ -2,16 +2,16 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optclip._checks import check_number, number_at
-from optclip.thresholds.rules import Memory, Rule, Step, as_rule
+from optclip.thresholds.rules import Memory, Rule, RuleLike, Step, as_rule
 
 
-def minimum(*rules: Any) -> Rule:
+def minimum(*rules: RuleLike) -> Rule:
     """The smallest of several thresholds, group by group.
 
     Args:
@@ -27,7 +27,7 @@ def minimum(*rules: Any) -> Rule:
     return _combined(rules, lambda step, limits: functools.reduce(jnp.minimum, limits))
 
 
-def maximum(*rules: Any) -> Rule:
+def maximum(*rules: RuleLike) -> Rule:
     """The largest of several thresholds, group by group.
 
     Args:
@@ -39,7 +39,11 @@ def maximum(*rules: Any) -> Rule:
     return _combined(rules, lambda step, limits: functools.reduce(jnp.maximum, limits))
 
 
-def switch(step: Any, before: Any, after: Any) -> Rule:
+def switch(
+    step: float | jax.Array,
+    before: RuleLike,
+    after: RuleLike,
+) -> Rule:
     """One rule for the first steps, another from then on; both observe all the while.
 
     Args:
@@ -75,7 +79,7 @@ class Patience(NamedTuple):
     streak: jax.Array
 
 
-def patient(rule: Any, patience: Any) -> Rule:
+def patient(rule: RuleLike, patience: float | jax.Array) -> Rule:
     """The rule, which learns from norms as they come after so many clips in a row.
 
     A rule that learns from what it let through may never follow a lasting rise of the level. This
@@ -110,7 +114,10 @@ def patient(rule: Any, patience: Any) -> Rule:
     return Rule(init, threshold, observe, rule.needs_params, has_memory=True)
 
 
-def _combined(parts: tuple[Any, ...], pick: Callable[[Step, list[jax.Array]], jax.Array]) -> Rule:
+def _combined(
+    parts: tuple[RuleLike, ...],
+    pick: Callable[[Step, list[jax.Array]], jax.Array],
+) -> Rule:
     rules = [as_rule(part) for part in parts]
     if not rules:
         raise ValueError("pass at least one rule")

@@ -1,10 +1,11 @@
 """Rules that remember a mean and a spread per group, and find outliers: z-score and robust."""
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optclip import _numerics
 from optclip._checks import at, check_choice, check_decay, check_number, number_at
@@ -37,9 +38,9 @@ ZVariant = Literal["reciprocal", "mean", "max"]
 
 
 def zscore(
-    z_threshold: Any,
-    decay: Any,
-    warmup_steps: Any,
+    z_threshold: optax.ScalarOrSchedule,
+    decay: optax.ScalarOrSchedule,
+    warmup_steps: optax.ScalarOrSchedule,
     variant: ZVariant = "reciprocal",
     learn_from: LearnFromOutliers = "clipped",
 ) -> Rule:
@@ -130,9 +131,9 @@ class Level(NamedTuple):
 
 
 def robust(
-    deviations: Any,
-    decay: Any,
-    max_rise: Any = float("inf"),
+    deviations: optax.ScalarOrSchedule,
+    decay: optax.ScalarOrSchedule,
+    max_rise: optax.ScalarOrSchedule = float("inf"),
     learn_from: LearnFromOutliers = "winsorized",
 ) -> Rule:
     """A level and a spread of the log norm that outliers hardly move; `optclip.robust_clip`.

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optclip._checks import at, check_number
 
@@ -32,7 +33,7 @@ class ParameterNorms(NamedTuple):
     """
 
     norms: jax.Array
-    sizes: Any
+    sizes: jax.typing.ArrayLike
 
 
 class Rule(NamedTuple):
@@ -60,6 +61,10 @@ class Rule(NamedTuple):
     separable: bool = False
 
 
+RuleLike = Rule | optax.ScalarOrSchedule
+"""A rule, or what `as_rule` makes one of: a number, traced scalar or Optax schedule."""
+
+
 def _forgetful(
     threshold: Callable[..., jax.Array], *, needs_params: bool = False, separable: bool = True
 ) -> Rule:
@@ -72,7 +77,7 @@ def _forgetful(
     )
 
 
-def constant(value: Any) -> Rule:
+def constant(value: optax.ScalarOrSchedule) -> Rule:
     """The same threshold always, or as a schedule of the step says.
 
     Args:
@@ -95,7 +100,7 @@ def constant(value: Any) -> Rule:
     return _forgetful(lambda memory, step, norms, params: at(value, step.count, norms))
 
 
-def per_group(values: Mapping[Any, Any]) -> Rule:
+def per_group(values: Mapping[Any, optax.ScalarOrSchedule]) -> Rule:
     """One number or schedule for each group, in the order of `values`.
 
     Args:
@@ -118,8 +123,8 @@ def per_group(values: Mapping[Any, Any]) -> Rule:
 
 
 def relative_to_params(
-    ratio: Any,
-    eps: Any,
+    ratio: optax.ScalarOrSchedule,
+    eps: optax.ScalarOrSchedule,
     *,
     eps_is_rms: bool = False,
 ) -> Rule:
@@ -156,7 +161,7 @@ def relative_to_params(
     return _forgetful(threshold, needs_params=True)
 
 
-def as_rule(rule: Any) -> Rule:
+def as_rule(rule: RuleLike) -> Rule:
     """`rule` itself if it is a `Rule`; a constant or scheduled one if a number or function."""
     return rule if isinstance(rule, Rule) else constant(rule)
 

@@ -1,9 +1,10 @@
 """Rules that remember the last norms themselves, in a ring of fixed length per group."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optclip._checks import check_count, check_number, number_at
 from optclip.thresholds.averages import LearnFrom, check_learn_from, feed
@@ -43,7 +44,7 @@ def _filled(ring: Ring) -> jax.Array:
 
 
 def mean_over_window(
-    deviations: Any,
+    deviations: optax.ScalarOrSchedule,
     window: int,
     learn_from: LearnFrom = "raw",
 ) -> Rule:
@@ -83,7 +84,7 @@ def mean_over_window(
 
 
 def quantile_over_window(
-    percentile: Any,
+    percentile: optax.ScalarOrSchedule,
     window: int,
     learn_from: LearnFrom = "raw",
 ) -> Rule:
