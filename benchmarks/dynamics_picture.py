@@ -18,8 +18,8 @@ COLUMNS, WIDTH, PANEL_HEIGHT = 3, 9.0, 1.5
 """Panels in a row, and inches: at 100 dots an inch the picture is 900 pixels wide."""
 HEAD, FOOT, LINE = 0.8, 0.6, 0.16
 """Inches above and below the panels, and of a line of the caption."""
-GREY, BLUE, INK = "#8c8c8c", "#0072b2", "#222222"
-"""Blue and grey differ in lightness and width too: no colour vision is needed."""
+GRAY, BLUE, INK = "#8c8c8c", "#0072b2", "#222222"
+"""Blue and gray differ in lightness and width too: no color vision is needed."""
 LOWEST, HIGHEST = 0.3, 200.0
 
 
@@ -95,7 +95,7 @@ def caption(figures: dict[str, Figures]) -> str:
 def _panel(axes: Axes, name: str, traces: Traces, figures: Figures) -> None:
     norms = traces.norms["picture"][0, : streams.PICTURE_STEPS]
     thresholds = traces.thresholds["picture"][0, : streams.PICTURE_STEPS]
-    axes.semilogy(norms, color=GREY, linewidth=0.6, label="norm of the gradient")
+    axes.semilogy(norms, color=GRAY, linewidth=0.6, label="norm of the gradient")
     shown = np.where(np.isfinite(thresholds), thresholds, np.nan)
     axes.semilogy(shown, color=BLUE, linewidth=1.7, label="threshold")
     axes.set_ylim(LOWEST, HIGHEST)

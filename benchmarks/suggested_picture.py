@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00")
+COLORS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00")
 """From Okabe and Ito's palette; one for each learning rate, from the smallest on."""
 APART = 3.0
 """Beyond the largest threshold, as a factor: no clip, and rules that learn their threshold."""
@@ -51,18 +51,18 @@ def _panel(axes: Axes, name: str, compared: dict[str, Any]) -> None:
     known = [x for curve in curves.values() for x in curve.values() if math.isfinite(x)]
     top = min(max(known), min(known) + 1.2 * (float(np.median(known)) - min(known)) + 0.3)
     none, learned = finite[-1] * APART, finite[-1] * APART**2
-    for colour, (rate, curve) in zip(COLOURS, sorted(curves.items()), strict=False):
+    for color, (rate, curve) in zip(COLORS, sorted(curves.items()), strict=False):
         held = [min(curve[x], top) for x in finite]
-        axes.plot(finite, held, color=colour, lw=1.6, label=f"learning rate {rate:g}")
-        axes.plot(none, min(curve[math.inf], top), "o", color=colour, ms=5)
-    for colour, row in zip(COLOURS, compared["rows"], strict=False):
+        axes.plot(finite, held, color=color, lw=1.6, label=f"learning rate {rate:g}")
+        axes.plot(none, min(curve[math.inf], top), "o", color=color, ms=5)
+    for color, row in zip(COLORS, compared["rows"], strict=False):
         sizes = [_threshold(code) for code in row["suggested"]]
         place = learned if None in sizes else math.prod(filter(None, sizes)) ** (1 / len(sizes))
         axes.plot(
             place,
             min(row["with_suggested"], top),
             "*",
-            color=colour,
+            color=color,
             mec="black",
             ms=13,
             label="suggested" if row is compared["rows"][0] else None,

@@ -21,7 +21,7 @@ DEFAULT_CLIP_ARGS = {"clip_by_global_norm": {"max_norm": 1.0}}
 
 
 class UsageError(Exception):
-    """Something a person can mend; its one line says how."""
+    """Something a person can fix; its one line says how."""
 
 
 class Parser(argparse.ArgumentParser):

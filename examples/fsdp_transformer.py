@@ -277,10 +277,10 @@ def checked_text(options: Options) -> Text:
     text = load_text()
     size, context, last = options.batch_size, options.context, len(text.held_out) - 1
     if last // context < size:
-        mend = f"--context {last // size}" if size <= last else f"--batch-size {last // context}"
+        hint = f"--context {last // size}" if size <= last else f"--batch-size {last // context}"
         raise UsageError(
             f"--batch-size {size} windows of --context {context} are more than the held-out text "
-            f"has; give {mend} or less"
+            f"has; give {hint} or less"
         )
     return text
 

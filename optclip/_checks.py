@@ -17,7 +17,7 @@ def check_number(
     *,
     low: float = 0.0,
     high: float = float("inf"),
-    mend: str,
+    hint: str,
     schedule: bool = True,
 ) -> None:
     """Refuses a concrete `value` that is not one real number in [low, high].
@@ -27,20 +27,20 @@ def check_number(
         name: The argument: "max_norm=".
         low: Smallest number allowed.
         high: Largest number allowed.
-        mend: What to pass instead.
+        hint: What to pass instead.
         schedule: Whether it may be a schedule, too.
 
     Raises:
-        ValueError: With the value and the mend.
+        ValueError: With the value and the hint.
     """
     if _jax.is_traced(value) or (schedule and callable(value)):
         return
     array = None if isinstance(value, str | bool) else _as_array(value)
     if array is None or array.ndim or not np.issubdtype(array.dtype, np.number):
         kind = "one number or an Optax schedule" if schedule else "one number"
-        raise ValueError(f"{name} must be {kind}, got {value!r}; {mend}")
+        raise ValueError(f"{name} must be {kind}, got {value!r}; {hint}")
     if not (low <= float(array) <= high):
-        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}; {mend}")
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}; {hint}")
 
 
 def _as_array(value: Any) -> np.ndarray | None:
@@ -89,4 +89,4 @@ def at(value: optax.ScalarOrSchedule, count: jax.Array, like: jax.Array) -> jax.
 def check_decay(decay: optax.ScalarOrSchedule) -> None:
     """Refuses a concrete decay outside [0, 1): at 1 nothing is ever learned."""
     below_one = 1 - 2.0**-24
-    check_number(decay, "decay=", high=below_one, mend="0.97 looks back over about 33 steps")
+    check_number(decay, "decay=", high=below_one, hint="0.97 looks back over about 33 steps")

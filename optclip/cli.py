@@ -12,7 +12,7 @@ import optclip
 from optclip import commands
 from optclip.commands import Answer, UsageError
 from optclip.tuning.plain import plain
-from optclip.tuning.wording import Unusable
+from optclip.tuning.wording import LogError
 
 EXAMPLES = """\
 examples:
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: What was typed after `optclip`; None reads `sys.argv`.
 
     Returns:
-        The exit code: 2 where something has to be mended, 130 after Ctrl-C.
+        The exit code: 2 where something has to be fixed, 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     name = "optclip"
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         reason = error.strerror or str(error)
         return _failed(name, f"{error.filename}: {reason}" if error.filename else reason)
-    except (UsageError, Unusable) as error:
+    except (UsageError, LogError) as error:
         return _failed(name, str(error))
     except ImportError as error:
         if 'pip install "optclip[' not in str(error):

@@ -57,7 +57,7 @@ def clip_by(
             the number of earlier updates), or a `Rule` from `optclip.thresholds`.
         scope: Which entries share a norm; from `optclip.scopes`. Default: all of them.
         norm: How a group is measured; from `optclip.norms`. Default: the 2-norm.
-        limiter: How a norm above its threshold is brought down; from `optclip.limiters`. Default:
+        limiter: How a norm above its threshold is reduced; from `optclip.limiters`. Default:
             multiplication by threshold / norm.
         axis_name: Inside `shard_map` and `pmap`: the mesh axes over which leaves may be split, a
             name or a tuple of names. `()` has every device clip its own part by itself.

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import optclip
 from optclip.tuning.records import Record, read
-from optclip.tuning.wording import Unusable
+from optclip.tuning.wording import LogError
 
 PICTURES = (".png", ".svg", ".pdf")
 WITHOUT_TERMINAL = 120  # letters in a line, where nothing says how many there are room for
 
 
 class UsageError(Exception):
-    """Something a person can mend; its one line says how."""
+    """Something a person can fix; its one line says how."""
 
 
 class Answer(NamedTuple):
@@ -111,7 +111,7 @@ def _record(options: argparse.Namespace, loss_will_do: bool = False) -> Record:
         raise UsageError(f"there is no file {source}; give the log of a run, one JSON a line")
     try:
         return read(source, options.norm_key, loss_will_do=loss_will_do)
-    except Unusable as error:
+    except LogError as error:
         raise UsageError(str(error).replace("(norm_key=)", "(--norm-key)")) from None
 
 

@@ -20,7 +20,7 @@ from optclip.norms import Magnitude
 
 
 class Limiter(NamedTuple):
-    """How a norm above (or near) its threshold is brought down.
+    """How a norm above (or near) its threshold is reduced.
 
     Attributes:
         name: What messages call it.

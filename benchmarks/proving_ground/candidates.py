@@ -28,7 +28,7 @@ def annealed(ratio: float, steps: float, least: float = 0.0) -> Any:
 def relative_to_rms(ratio: Any) -> thresholds.Rule:
     """A bound for each group, whose RMS counts as that of the whole tree where it is smaller.
 
-    So a bias that starts at zero moves as far as its neighbours do.
+    So a bias that starts at zero moves as far as its neighbors do.
     """
 
     def threshold(memory: Any, step: Any, norms: Any, params: Any) -> Any:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from benchmarks.proving_ground import scores
 from benchmarks.proving_ground.contenders import NO_CLIP
 from benchmarks.proving_ground.reporting import FIXED
-from optclip.tuning.style import BLUE, DARK, GREEN, GREY, INK, ORANGE, PURPLE
+from optclip.tuning.style import BLUE, DARK, GRAY, GREEN, INK, ORANGE, PURPLE
 from optclip.tuning.ticks import on_log_axis
 
 NAMED = {
@@ -23,7 +23,7 @@ NAMED = {
     "robust_clip": ("#56B4E9", 1.4, "-"),
     "safeguard": (BLUE, 2.2, "-"),
 }
-"""Methods with a colour of their own, and the width and style of their line."""
+"""Methods with a color of their own, and the width and style of their line."""
 COLUMNS, MOST = 4, 12.0
 """Panels in a row; and the loss over the smallest of the panel from which on it is not drawn."""
 
@@ -86,15 +86,15 @@ def _panel(axes: Axes, title: str, lines: dict[str, dict[str, Any]]) -> None:
     if not finite:
         return
     low, top = min(finite), min(max(finite), MOST * min(finite))
-    # The named ones are drawn last, over the grey of the others.
+    # The named ones are drawn last, over the gray of the others.
     for method in (*(name for name in curves if name not in NAMED), *NAMED):
         if method not in curves:
             continue
         rates, losses = curves[method]
-        colour, width, style = NAMED.get(method, (GREY, 0.7, "-"))
+        color, width, style = NAMED.get(method, (GRAY, 0.7, "-"))
         label = method if method in NAMED else "other methods"
         held = np.where(np.isfinite(losses), losses, np.nan)
-        axes.plot(rates, held, style, color=colour, lw=width, label=label, marker=".", ms=3)
+        axes.plot(rates, held, style, color=color, lw=width, label=label, marker=".", ms=3)
     if top > 2 * low:
         on_log_axis(axes, 4)
     # Above the losses a row for each method, with a mark where it diverged.

@@ -1,4 +1,4 @@
-"""Who wins where: methods by settings, the colour says how far from the best fixed threshold."""
+"""Who wins where: methods by settings, the color says how far from the best fixed threshold."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from benchmarks.proving_ground.running import contenders
 from optclip.tuning.style import BLUE, INK, ORANGE
 
 MOST = 1.5
-"""The ratio from which on the colour does not change any more; its inverse on the other side."""
+"""The ratio from which on the color does not change any more; its inverse on the other side."""
 
 SIDE_BY_SIDE = 8
 """Settings up to which the two matrices stand beside each other; more, and one is below."""
@@ -67,10 +67,10 @@ def _place(known: list[str], method: str) -> tuple[int, str]:
 
 
 def _ratios(axes: Axes, ratios: np.ndarray) -> None:
-    colours = LinearSegmentedColormap.from_list("ratio", [BLUE, "#f4f4f4", ORANGE])
+    colors = LinearSegmentedColormap.from_list("ratio", [BLUE, "#f4f4f4", ORANGE])
     logs = np.log(np.where(np.isinf(ratios), MOST, ratios))
     shown = np.clip(logs, -math.log(MOST), math.log(MOST))
-    axes.imshow(shown, colours, TwoSlopeNorm(0, -math.log(MOST), math.log(MOST)), aspect="auto")
+    axes.imshow(shown, colors, TwoSlopeNorm(0, -math.log(MOST), math.log(MOST)), aspect="auto")
     axes.set_xlabel(
         "loss over that of the best fixed threshold, both at\ntheir best learning rate "
         "(blue: better, orange: worse)"
@@ -82,9 +82,9 @@ def _ratios(axes: Axes, ratios: np.ndarray) -> None:
 
 
 def _ranges(axes: Axes, ranges: np.ndarray) -> None:
-    colours = LinearSegmentedColormap.from_list("range", ["#f4f4f4", "#009E73"])
+    colors = LinearSegmentedColormap.from_list("range", ["#f4f4f4", "#009E73"])
     decades = np.log10(np.where(ranges > 0, ranges, 1))
-    axes.imshow(np.where(np.isnan(ranges), np.nan, decades), colours, vmin=0, vmax=3, aspect="auto")
+    axes.imshow(np.where(np.isnan(ranges), np.nan, decades), colors, vmin=0, vmax=3, aspect="auto")
     axes.set_xlabel(
         "learning rates within 5% of the method's best:\nlargest over smallest (green: wide)"
     )
@@ -101,5 +101,5 @@ def _short(ratio: float) -> str:
 
 
 def _text(axes: Axes, row: int, column: int, text: str, strong: bool) -> None:
-    colour = "white" if strong else INK
-    axes.text(column, row, text, ha="center", va="center", size=6.5, color=colour)
+    color = "white" if strong else INK
+    axes.text(column, row, text, ha="center", va="center", size=6.5, color=color)

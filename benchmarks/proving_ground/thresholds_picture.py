@@ -76,8 +76,8 @@ def _panel(axes: Axes, title: str, of_methods: dict[str, dict[str, Any]]) -> Non
     for (row, column), ratio in np.ndenumerate(ratios):
         text = "x" if math.isinf(ratio) else f"{ratio:.2f}" if ratio < 9.995 else ">10"
         dark = shown[row, column] > 0.5 * math.log(MOST)
-        colour = "white" if dark else INK
-        axes.text(column, row, text, ha="center", va="center", size=5, color=colour)
+        color = "white" if dark else INK
+        axes.text(column, row, text, ha="center", va="center", size=5, color=color)
     axes.axvline(len(fixed["thresholds"]) - 0.5, color="white", lw=3)
     axes.set_title(title, size=8, loc="left")
     axes.set_xticks(range(len(columns)), [name for name, _ in columns], rotation=60, ha="right")

@@ -36,7 +36,7 @@ EXAMPLES = f"""examples:
 
 trees: {", ".join(tree.name for tree in trees.TREES + trees.QUICK_TREES)}
 
-exit codes: 0, 1 where a gate does not hold, 2 where something typed is to be mended, 130 after
+exit codes: 0, 1 where a gate does not hold, 2 where something typed has to be fixed, 130 after
 Ctrl-C.
 """
 

@@ -1,11 +1,11 @@
-"""The look of the gallery's figures: no background, and greys and colours for light and dark."""
+"""The look of the gallery's figures: no background, and grays and colors for light and dark."""
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 # Each has a contrast of 3 or more to white and to the dark theme's #121212.
-GREY, BLUE, ORANGE, GREEN, RED, PURPLE = (
+GRAY, BLUE, ORANGE, GREEN, RED, PURPLE = (
     "#7f7f7f",
     "#2f82d6",
     "#c87800",
@@ -17,29 +17,29 @@ GREY, BLUE, ORANGE, GREEN, RED, PURPLE = (
 set_matplotlib_formats("svg")
 plt.rcParams.update(
     {
-        "axes.edgecolor": GREY,
+        "axes.edgecolor": GRAY,
         "axes.facecolor": "none",
         "axes.grid": True,
-        "axes.labelcolor": GREY,
+        "axes.labelcolor": GRAY,
         "axes.labelsize": 12,
         "axes.spines.right": False,
         "axes.spines.top": False,
-        "axes.titlecolor": GREY,
+        "axes.titlecolor": GRAY,
         "axes.titlelocation": "left",
         "axes.titlesize": 12,
         "figure.facecolor": "none",
         "font.size": 12,
         "grid.alpha": 0.25,
-        "grid.color": GREY,
+        "grid.color": GRAY,
         "legend.fontsize": 11,
         "legend.frameon": False,
-        "legend.labelcolor": GREY,
+        "legend.labelcolor": GRAY,
         "lines.linewidth": 1.6,
         "savefig.facecolor": "none",
         "svg.hashsalt": "optclip",
-        "text.color": GREY,
-        "xtick.color": GREY,
-        "ytick.color": GREY,
+        "text.color": GRAY,
+        "xtick.color": GRAY,
+        "ytick.color": GRAY,
     }
 )
 

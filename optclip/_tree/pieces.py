@@ -112,6 +112,6 @@ def replicated(x: jax.Array) -> jax.Array:
     if any(entry is not None for entry in sharding.spec):
         return jax.sharding.reshard(x, whole)
     if AxisType.Auto in sharding.mesh.axis_types:
-        # Left to itself the partitioner joins parts by exchanges between neighbours, a dozen each.
+        # Left to itself the partitioner joins parts by exchanges between neighbors, a dozen each.
         return lax.with_sharding_constraint(x, whole)
     return x

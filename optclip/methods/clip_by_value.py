@@ -57,7 +57,7 @@ def clip_by_value(
         >>> updates.tolist()
         [1.0, -0.5]
     """
-    check_number(max_delta, "max_delta=", mend="pass jnp.inf to switch clipping off")
+    check_number(max_delta, "max_delta=", hint="pass jnp.inf to switch clipping off")
     check_nonfinite(nonfinite)
 
     def init(params: optax.Params) -> ClipState:

@@ -67,8 +67,8 @@ def clippy(
         systems", 2023, arXiv:2302.09178. The released optimizer also adds a term relative to
         Adagrad's accumulator, zero by default, which a transformation of the update cannot see.
     """
-    check_number(relative, "relative=", mend="the default is 0.1")
-    check_number(absolute, "absolute=", mend="the default is 1e-7")
+    check_number(relative, "relative=", hint="the default is 0.1")
+    check_number(absolute, "absolute=", hint="the default is 1e-7")
     check_nonfinite(nonfinite)
 
     def look(updates: optax.Updates) -> Layout:

@@ -61,7 +61,7 @@ def clip_by_global_norm(
         Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks",
         2012, arXiv:1211.5063.
     """
-    check_number(max_norm, "max_norm=", mend="pass jnp.inf to switch clipping off")
+    check_number(max_norm, "max_norm=", hint="pass jnp.inf to switch clipping off")
     return clip_by(
         max_norm,
         norm=norms.l2 if ord is None else norms.lp(ord),
@@ -112,7 +112,7 @@ def clip_by_leaf_norm(
         >>> float(updates["b"][0]), float(optclip.metrics(state)["clip/clip_rate"])
         (0.5, 0.5)
     """
-    check_number(max_norm, "max_norm=", mend="pass jnp.inf to switch clipping off")
+    check_number(max_norm, "max_norm=", hint="pass jnp.inf to switch clipping off")
     return clip_by(
         max_norm,
         scope=scopes.leaf,
@@ -178,7 +178,7 @@ def clip_by_group_norm(
             )
         rule, order = thresholds.per_group(max_norm), list(max_norm)
     else:
-        check_number(max_norm, "max_norm=", mend="pass jnp.inf to switch clipping off")
+        check_number(max_norm, "max_norm=", hint="pass jnp.inf to switch clipping off")
         rule, order = thresholds.constant(max_norm), None
     return clip_by(
         rule,
@@ -233,7 +233,7 @@ def clip_by_block_rms(
         Shazeer and Stern, "Adafactor: adaptive learning rates with sublinear memory cost", 2018,
         arXiv:1804.04235.
     """
-    check_number(threshold, "threshold=", mend="pass jnp.inf to switch clipping off")
+    check_number(threshold, "threshold=", hint="pass jnp.inf to switch clipping off")
     return clip_by(
         threshold,
         scope=scopes.leaf,
@@ -287,7 +287,7 @@ def smooth_clip(
         Zhang, He, Sra and Jadbabaie, "Why gradient clipping accelerates training", 2019,
         arXiv:1905.11881.
     """
-    check_number(max_norm, "max_norm=", mend="pass jnp.inf to switch clipping off")
+    check_number(max_norm, "max_norm=", hint="pass jnp.inf to switch clipping off")
     return clip_by(
         max_norm,
         limiter=limiters.smooth,

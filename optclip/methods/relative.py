@@ -72,7 +72,7 @@ def adaptive_grad_clip(
         Brock, De, Smith and Simonyan, "High-performance large-scale image recognition without
         normalization", 2021, arXiv:2102.06171.
     """
-    check_number(clipping, "clipping=", mend="pass jnp.inf to switch clipping off")
+    check_number(clipping, "clipping=", hint="pass jnp.inf to switch clipping off")
     return clip_by(
         thresholds.relative_to_params(clipping, eps),
         scope=scopes.unit(axis),

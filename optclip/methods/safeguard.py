@@ -100,7 +100,7 @@ def safeguard(
     """
     held = optax.with_extra_args_support(inner)
     check_choice(nonfinite, ("skip", "propagate"), "nonfinite=")
-    check_number(ratio, "ratio=", mend="pass jnp.inf to switch the bound off")
+    check_number(ratio, "ratio=", hint="pass jnp.inf to switch the bound off")
     clip = robust_clip(deviations, axis_name=axis_name, sharded=sharded)
 
     def bound(threshold: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:

@@ -116,8 +116,8 @@ def skip_spikes(
     window = check_count(window, "window=")
     # No schedules: on which step of a run it skips, the state does not count.
     numbers = functools.partial(check_number, schedule=False)
-    numbers(deviations, "deviations=", mend="pass jnp.inf to skip no spikes")
-    numbers(patience, "patience=", low=1, mend="pass jnp.inf to wait for ever")
+    numbers(deviations, "deviations=", hint="pass jnp.inf to skip no spikes")
+    numbers(patience, "patience=", low=1, hint="pass jnp.inf to wait for ever")
     check_choice(nonfinite, ("skip", "propagate"), "nonfinite=")
 
     def init(params: optax.Params) -> SkipState:

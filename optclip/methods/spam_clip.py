@@ -71,8 +71,8 @@ def spam_clip(
         Huang et al., "SPAM: spike-aware Adam with momentum reset for stable LLM training", 2025,
         arXiv:2501.06842. The released code's default theta is 2000.
     """
-    check_number(threshold, "threshold=", mend="pass jnp.inf to switch clipping off")
-    check_number(warmup_steps, "warmup_steps=", mend="pass 0 for none")
+    check_number(threshold, "threshold=", hint="pass jnp.inf to switch clipping off")
+    check_number(warmup_steps, "warmup_steps=", hint="pass 0 for none")
     check_learn_from(learn_from)
     check_decay(decay)
     check_nonfinite(nonfinite)

@@ -52,7 +52,7 @@ def moving_average(
     Returns:
         A `Rule` that remembers two numbers per group. The first norm is never clipped.
     """
-    check_number(multiplier, "multiplier=", mend="pass jnp.inf to switch clipping off")
+    check_number(multiplier, "multiplier=", hint="pass jnp.inf to switch clipping off")
     check_decay(decay)
     check_learn_from(learn_from)
 
@@ -89,11 +89,11 @@ def online_quantile(
     Returns:
         A `Rule` that remembers one number per group.
     """
-    check_number(quantile, "quantile=", high=1, mend="0.9 clips one step in ten")
-    check_number(step_size, "step_size=", mend="the default is 0.2")
+    check_number(quantile, "quantile=", high=1, hint="0.9 clips one step in ten")
+    check_number(step_size, "step_size=", hint="the default is 0.2")
     if init is not None:
         hint = "pass None to start at the first norm"
-        check_number(init, "init=", mend=hint, schedule=False)
+        check_number(init, "init=", hint=hint, schedule=False)
 
     def begin(norms):
         return jnp.full(norms.shape, 0 if init is None else init, norms.dtype)
@@ -135,9 +135,9 @@ def leaf_average(
         A `Rule` that remembers one number per group: while warming up the smallest norm, then an
         average that starts there.
     """
-    check_number(relative, "relative=", mend="pass jnp.inf to switch clipping off")
-    check_number(max_norm, "max_norm=", mend="pass jnp.inf for no warm-up clip")
-    check_number(warmup_steps, "warmup_steps=", mend="pass 0 for none")
+    check_number(relative, "relative=", hint="pass jnp.inf to switch clipping off")
+    check_number(max_norm, "max_norm=", hint="pass jnp.inf for no warm-up clip")
+    check_number(warmup_steps, "warmup_steps=", hint="pass 0 for none")
     check_decay(decay)
     check_learn_from(learn_from)
 

@@ -58,7 +58,7 @@ def switch(
         >>> from optclip import clip_by, thresholds
         >>> clip = clip_by(thresholds.switch(100, 1.0, thresholds.moving_average(2.0, 0.99)))
     """
-    check_number(step, "step=", mend="pass 0 to switch at once")
+    check_number(step, "step=", hint="pass 0 to switch at once")
 
     def pick(now: Step, limits: list[jax.Array]) -> jax.Array:
         done = now.finite.astype(limits[0].dtype)
@@ -97,7 +97,7 @@ def patient(rule: RuleLike, patience: float | jax.Array) -> Rule:
         >>> clip = clip_by(thresholds.patient(thresholds.moving_average(2.0, 0.99), 20))
     """
     rule = as_rule(rule)
-    check_number(patience, "patience=", low=1, mend="pass None for no patience")
+    check_number(patience, "patience=", low=1, hint="pass None for no patience")
 
     def init(norms):
         return Patience(rule.init(norms), jnp.zeros(norms.shape, jnp.int32))

@@ -57,8 +57,8 @@ def zscore(
     Returns:
         A `Rule` that remembers three numbers per group.
     """
-    check_number(z_threshold, "z_threshold=", mend="pass jnp.inf to switch it off")
-    check_number(warmup_steps, "warmup_steps=", mend="pass 0 for none")
+    check_number(z_threshold, "z_threshold=", hint="pass jnp.inf to switch it off")
+    check_number(warmup_steps, "warmup_steps=", hint="pass 0 for none")
     check_choice(variant, ("reciprocal", "mean", "max"), "variant=")
     check_decay(decay)
     _check_learn_from(learn_from)
@@ -149,8 +149,8 @@ def robust(
     Returns:
         A `Rule` that remembers three numbers per group. The first norm is never clipped.
     """
-    check_number(deviations, "deviations=", low=-float("inf"), mend="the default is 2.0")
-    check_number(max_rise, "max_rise=", mend="pass jnp.inf for no bound")
+    check_number(deviations, "deviations=", low=-float("inf"), hint="the default is 2.0")
+    check_number(max_rise, "max_rise=", hint="pass jnp.inf for no bound")
     check_decay(decay)
     _check_learn_from(learn_from)
     held, first_guess, least, tenth = 2.0, 0.25, 0.02, math.log(10)

@@ -96,7 +96,7 @@ def constant(value: optax.ScalarOrSchedule) -> Rule:
         >>> warming = optax.linear_schedule(0.1, 1.0, transition_steps=1000)
         >>> transform = optclip.clip_by(optclip.thresholds.constant(warming))
     """
-    check_number(value, "a threshold", mend="pass jnp.inf to switch clipping off")
+    check_number(value, "a threshold", hint="pass jnp.inf to switch clipping off")
     return _forgetful(lambda memory, step, norms, params: at(value, step.count, norms))
 
 
@@ -113,7 +113,7 @@ def per_group(values: Mapping[Any, optax.ScalarOrSchedule]) -> Rule:
         ValueError: If a concrete value is not a number of at least 0.
     """
     for label, value in values.items():
-        check_number(value, f"the threshold of label {label!r}", mend="pass jnp.inf for no bound")
+        check_number(value, f"the threshold of label {label!r}", hint="pass jnp.inf for no bound")
     rules = [constant(value) for value in values.values()]
 
     def threshold(memory, step, norms, params):
@@ -144,8 +144,8 @@ def relative_to_params(
     Raises:
         ValueError: If `ratio` or `eps` is concrete and negative or NaN.
     """
-    check_number(ratio, "ratio=", mend="pass jnp.inf to switch clipping off")
-    check_number(eps, "eps=", mend="pass 0 for no floor")
+    check_number(ratio, "ratio=", hint="pass jnp.inf to switch clipping off")
+    check_number(eps, "eps=", hint="pass 0 for no floor")
 
     def threshold(memory, step, norms, params):
         if params is None:

@@ -59,7 +59,7 @@ def mean_over_window(
         A `Rule` that remembers `window` numbers per group.
     """
     window = check_count(window, "window=")
-    check_number(deviations, "deviations=", mend="pass jnp.inf to switch it off")
+    check_number(deviations, "deviations=", hint="pass jnp.inf to switch it off")
     check_learn_from(learn_from)
     least = 1e-6  # Of the mean: rounding makes a deviation of about that of equal norms.
 
@@ -99,7 +99,7 @@ def quantile_over_window(
         A `Rule` that remembers `window` numbers per group.
     """
     window = check_count(window, "window=")
-    check_number(percentile, "percentile=", high=100, mend="AutoClip takes 10")
+    check_number(percentile, "percentile=", high=100, hint="AutoClip takes 10")
     check_learn_from(learn_from)
 
     def threshold(memory, step, norms, params):

@@ -14,7 +14,7 @@ SPIKE_TIMES = 5.0
 SPIKE_DEVIATIONS = 4.0
 """and so many of the usual deviations above it, on a log scale."""
 
-NEIGHBOURS = 50
+NEIGHBORS = 50
 """What is usual is said by so many steps before, and as many after."""
 
 _FEWEST = 5  # of them that say anything
@@ -26,7 +26,7 @@ class Findings(NamedTuple):
     Attributes:
         steps: Where each step is drawn: its number, or its place where the numbers do not rise.
         loss: The loss, or None.
-        height: The norm, in multiples of what is usual around it; NaN where that is not known.
+        relative_norm: The norm over what is usual around it; NaN where that is not known.
         clipped: Whether the step was clipped.
         skipped: Whether it was skipped.
         nonfinite: Whether its gradient was not finite.
@@ -37,7 +37,7 @@ class Findings(NamedTuple):
 
     steps: np.ndarray
     loss: np.ndarray | None
-    height: np.ndarray
+    relative_norm: np.ndarray
     clipped: np.ndarray
     skipped: np.ndarray
     nonfinite: np.ndarray
@@ -69,19 +69,19 @@ def look_at(record: Record, *, marked: bool = True) -> Findings:
     """
     usual = usual_norm(record.norms)
     with np.errstate(all="ignore"):
-        height = record.norms / usual
-    spikes = _spikes(height)
+        relative_norm = record.norms / usual
+    spikes = _spikes(relative_norm)
     if marked and "spike" in record.columns:
-        spikes = _is_true(record.columns["spike"], len(height))
+        spikes = _is_true(record.columns["spike"], len(relative_norm))
     findings = Findings(
         steps=places(record.steps),
         loss=next((record.columns[key] for key in LOSS_KEYS if key in record.columns), None),
-        height=height,
+        relative_norm=relative_norm,
         clipped=_clipped(record),
-        skipped=_is_true(record.columns.get("skip/skipping"), len(height)),
+        skipped=_is_true(record.columns.get("skip/skipping"), len(relative_norm)),
         nonfinite=_nonfinite(record),
         spikes=spikes,
-        worst=_worst(spikes, height),
+        worst=_worst(spikes, relative_norm),
         sentence="",
     )
     clauses = [
@@ -112,40 +112,40 @@ def usual_norm(norms: np.ndarray) -> np.ndarray:
 
 
 def _level(values: np.ndarray) -> np.ndarray:
-    """The larger of the medians of the neighbours before and after each value."""
+    """The larger of the medians of the neighbors before and after each value."""
     count = len(values)
     before = np.full(count, np.nan)
-    for at in range(_FEWEST, min(NEIGHBOURS, count)):
+    for at in range(_FEWEST, min(NEIGHBORS, count)):
         before[at] = np.median(values[:at])
     after = np.full(count, np.nan)
-    for at in range(max(0, count - NEIGHBOURS), count - _FEWEST):
+    for at in range(max(0, count - NEIGHBORS), count - _FEWEST):
         after[at] = np.median(values[at + 1 :])
-    if count > NEIGHBOURS:
-        medians = statistics.moving_median(values, NEIGHBOURS)
-        before[NEIGHBOURS:] = medians[:-1]
-        after[: count - NEIGHBOURS] = medians[1:]
+    if count > NEIGHBORS:
+        medians = statistics.moving_median(values, NEIGHBORS)
+        before[NEIGHBORS:] = medians[:-1]
+        after[: count - NEIGHBORS] = medians[1:]
     # A run's first steps have nothing before them that could say what is usual.
     return np.where(np.isnan(before), np.nan, np.fmax(before, after))
 
 
-def _spikes(height: np.ndarray) -> np.ndarray:
+def _spikes(relative_norm: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
-        excess = np.log(height)
+        excess = np.log(relative_norm)
     known = np.isfinite(excess)
-    spikes = np.zeros(len(height), bool)
+    spikes = np.zeros(len(relative_norm), bool)
     deviations = np.abs(excess[known])
     deviation = 1.4826 * _level(deviations)
     if known.any():  # the first few cannot tell by themselves
         of_all = 1.4826 * np.median(deviations)
-        deviation[:NEIGHBOURS] = np.fmax(deviation[:NEIGHBOURS], of_all)
+        deviation[:NEIGHBORS] = np.fmax(deviation[:NEIGHBORS], of_all)
     spikes[known] = excess[known] > np.fmax(np.log(SPIKE_TIMES), SPIKE_DEVIATIONS * deviation)
     return spikes
 
 
-def _worst(spikes: np.ndarray, height: np.ndarray) -> int | None:
-    heights = np.where(spikes & np.isfinite(height), height, -1.0)
-    at = int(np.argmax(heights)) if heights.size else 0
-    return at if heights.size and heights[at] > 0 else None
+def _worst(spikes: np.ndarray, relative_norm: np.ndarray) -> int | None:
+    relative_norms = np.where(spikes & np.isfinite(relative_norm), relative_norm, -1.0)
+    at = int(np.argmax(relative_norms)) if relative_norms.size else 0
+    return at if relative_norms.size and relative_norms[at] > 0 else None
 
 
 def _clipped(record: Record) -> np.ndarray:
@@ -226,7 +226,7 @@ def _about_spikes(record: Record, findings: Findings, usual: np.ndarray) -> str:
     if at is None:
         return said
     largest = "the largest " if count > 1 else ""
-    said += f", {largest}{_times(findings.height[at])} the usual norm"
+    said += f", {largest}{_times(findings.relative_norm[at])} the usual norm"
     let_through = record.reading("clipped_norm")
     if findings.skipped[at]:
         said += ", skipped"

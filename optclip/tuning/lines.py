@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from optclip.tuning.wording import Unusable
+from optclip.tuning.wording import LogError
 
 LEAST_WHOLE = 0.5
 """A file of which less than this share of the lines is JSON objects is no log."""
@@ -19,7 +19,7 @@ _NAMED = 5  # lines that were left out
 def rows_of(path: Path) -> tuple[list[Mapping[str, Any]], tuple[str, ...]]:
     """The objects in the file at a path, and what a reader should know of it."""
     if path.is_dir():
-        raise Unusable(f"{path} is a folder; give the file in it, mostly {path / 'steps.jsonl'}")
+        raise LogError(f"{path} is a folder; give the file in it, mostly {path / 'steps.jsonl'}")
     return rows_in(path.read_bytes(), str(path))
 
 
@@ -44,12 +44,12 @@ def rows_in(content: str | bytes, path: str) -> tuple[list[Mapping[str, Any]], t
             what = "not JSON" if row is _NO_JSON else "not a JSON object"
             broken[number] = f"{path}, line {number} is {what}: {line[:40]!r}"
     if broken and len(rows) < LEAST_WHOLE * (len(rows) + len(broken)):
-        raise Unusable(
+        raise LogError(
             f"{next(iter(broken.values()))}; expected one object in each line, such as "
             '{"step": 1, "clip/norm": 0.7}'
         )
     if not rows:
-        raise Unusable(f"{path} is empty; log one JSON object for each step")
+        raise LogError(f"{path} is empty; log one JSON object for each step")
     return rows, tuple(_left_out(sorted(broken), last, path))
 
 

@@ -17,8 +17,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from optclip.tuning import leaves, ticks
 from optclip.tuning.findings import Findings
 from optclip.tuning.records import Record
-from optclip.tuning.style import BLUE, DARK, FEW_POINTS, GREEN, GREY, ORANGE, PURPLE
-from optclip.tuning.wording import Unusable
+from optclip.tuning.style import BLUE, DARK, FEW_POINTS, GRAY, GREEN, ORANGE, PURPLE
+from optclip.tuning.wording import LogError
 
 MOST_POINTS = 6000
 """Of a line; of longer ones the smallest and the largest value of every stretch are drawn."""
@@ -57,9 +57,9 @@ def _panels(record: Record, findings: Findings) -> list[Panel]:
         panels.append((1.5, _draw_rates))
     if record.leaf_norms:
         rows = min(len(record.leaf_norms), leaves.MOST_ROWS)
-        panels.append((max(1.4, 0.7 + 0.16 * rows), _draw_leaves))  # room for its colour bar
+        panels.append((max(1.4, 0.7 + 0.16 * rows), _draw_leaves))  # room for its color bar
     if not panels:
-        raise Unusable(
+        raise LogError(
             f"there is nothing to draw of {record.source}: no norm is finite and above 0, and no "
             "loss is finite"
         )
@@ -130,7 +130,7 @@ def _draw_loss(axis: Axes, record: Record, findings: Findings) -> None:
 def _draw_norms(axis: Axes, record: Record, findings: Findings) -> None:
     steps = findings.steps
     norms = np.where(record.norms > 0, record.norms, np.nan)  # a log axis has no zero
-    _line(axis, steps, norms, color=GREY, lw=0.8, label="norm before clipping")
+    _line(axis, steps, norms, color=GRAY, lw=0.8, label="norm before clipping")
     _dots(axis, steps, norms, findings.clipped)
     threshold = record.reading("threshold")
     if threshold is not None and (np.isfinite(threshold) & (threshold > 0)).any():
@@ -201,9 +201,9 @@ def _draw_leaves(axis: Axes, record: Record, findings: Findings) -> None:
     if limits[0] == limits[1]:
         limits = limits * [0.5, 2.0]
     rows = np.arange(len(table.names) + 1) - 0.5
-    colours = colormaps["cividis"].with_extremes(bad="0.85")
+    colors = colormaps["cividis"].with_extremes(bad="0.85")
     shown = np.ma.masked_invalid(values)
-    mesh = axis.pcolormesh(edges, rows, shown, cmap=colours, norm="log", rasterized=True)
+    mesh = axis.pcolormesh(edges, rows, shown, cmap=colors, norm="log", rasterized=True)
     mesh.set_clim(*limits)
     axis.set_yticks(range(len(table.names)), table.names, size=8, parse_math=False)
     axis.set_ylim(len(table.names) - 0.5, -0.5)  # the first layer on top
@@ -213,7 +213,7 @@ def _draw_leaves(axis: Axes, record: Record, findings: Findings) -> None:
     bar.ax.yaxis.set_major_locator(ticks.LogTicks(6))
     bar.ax.yaxis.set_major_formatter(ticks.OneStyle())
     bar.ax.minorticks_off()
-    bar.set_label("norm of the leaf\n(log colours)")
+    bar.set_label("norm of the leaf\n(log colors)")
 
 
 # Parts of panels ---------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def plot_run(
     """Draws a recorded run: loss, norm against threshold, clip rate, and the norms of the leaves.
 
     Every panel that the log has something for, over the steps: the loss, on a log axis where it
-    went astray; the norm before clipping with clipped steps and the threshold; the share of steps
+    diverged; the norm before clipping with clipped steps and the threshold; the share of steps
     clipped; and, where leaf norms were logged (`detail=True`, and `optclip.metrics` with
     `params`), a heat map of them. Spikes (steps whose column "spike" is true, where there is one;
     else steps whose norm is 5 times and 4 deviations above what is usual around them), skipped

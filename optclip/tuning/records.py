@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optclip.tuning.lines import rows_in, rows_of
-from optclip.tuning.wording import Unusable
+from optclip.tuning.wording import LogError
 
 NORM_KEYS = ("clip/norm", "clip/0/norm", "skip/norm", "grad_norm", "norm")
 """Under which names a norm is looked for, in this order."""
@@ -97,7 +97,7 @@ def _recorded(source: Any, norm_key: str | None, loss_will_do: bool) -> Record:
             return _from_rows(source, norm_key, "the rows", (), loss_will_do)
     norms = _numbers("the norms", source)
     if not norms.size:
-        raise Unusable("there are no norms in it; pass those of at least one step")
+        raise LogError("there are no norms in it; pass those of at least one step")
     return Record(norms, np.arange(1, len(norms) + 1), {}, {}, "the norms", prefix="")
 
 
@@ -177,7 +177,7 @@ def _as_floats(name: str, values: list[Any]) -> np.ndarray:
     try:
         return np.array(values, np.float64)  # None becomes NaN
     except OverflowError:
-        raise Unusable(_too_large(name)) from None
+        raise LogError(_too_large(name)) from None
 
 
 def _too_large(name: str) -> str:
@@ -201,13 +201,13 @@ def _numbers(name: str, values: Any) -> np.ndarray:
     try:
         numbers = np.asarray(values, np.float64)
     except OverflowError:
-        raise Unusable(_too_large(name)) from None
+        raise LogError(_too_large(name)) from None
     except (TypeError, ValueError):
-        raise Unusable(
+        raise LogError(
             f"{name} must be numbers, one for each step, got {str(values)[:60]}"
         ) from None
     if numbers.ndim != 1:
-        raise Unusable(
+        raise LogError(
             f"{name} must be of shape (steps,), got {numbers.shape}; of several runs pass one"
         )
     return numbers
@@ -267,13 +267,13 @@ def _refuse_other_kinds(rows: list[Mapping[str, Any]], keys: tuple[str, ...], so
     key, value = next(present, (None, None))
     if key is not None:
         kind = "as text" if isinstance(value, str) else f"as a {type(value).__name__}"
-        raise Unusable(
+        raise LogError(
             f"{source} has {key}, but {kind}: {_shown(value)!r}; log it as a number, "
             "float(norm) (json.dumps with default=str makes text of it)"
         )
     for key in keys:
         if any(_is_nested(row, key.split("/")) for row in rows):
-            raise Unusable(
+            raise LogError(
                 f"{source} has {key}, but nested: {key.split('/')[0]} holds an object; log flat "
                 f'names, {{"{key}": 0.7}}, as optclip.metrics(opt_state) gives them'
             )
@@ -315,7 +315,7 @@ def _from_columns(
     if key is None:
         known = ", ".join(list(columns)[:12]) or "nothing"
         known += f" and {len(columns) - 12} more" if len(columns) > 12 else ""
-        raise Unusable(
+        raise LogError(
             f"{source} has no norms under {' or '.join(keys)}; it has {known}. Log "
             "optclip.metrics(opt_state) at every step, or name the key of the norm (norm_key=)"
         )
@@ -335,7 +335,7 @@ def _from_columns(
     steps = np.where(np.isfinite(steps), steps, numbers)
     wrong = [name for name, x in (columns | leaf_norms).items() if len(x) != len(norms)]
     if wrong:
-        raise Unusable(f"{wrong[0]} has not as many values as {key}, which has {len(norms)}")
+        raise LogError(f"{wrong[0]} has not as many values as {key}, which has {len(norms)}")
     clips = _clips(columns)
     clip = _clip_with_threshold(columns, prefix, clips)
     if len(clips) > 1:

@@ -14,7 +14,7 @@ from optclip import catalogue
 from optclip.clipping import NO_PARAMS_MSG
 from optclip.tuning import statistics, suggestion_text
 from optclip.tuning.records import Record
-from optclip.tuning.wording import Unusable, number
+from optclip.tuning.wording import LogError, number
 
 FIXED = "clip_by_global_norm"
 """What stands beside the methods that learn, with the threshold that was suggested."""
@@ -61,14 +61,14 @@ def need_replayable(record: Record) -> None:
     """Refuses a record whose norms cannot be replayed.
 
     Raises:
-        Unusable: With one line that says why.
+        LogError: With one line that says why.
     """
-    ordinary = record.norms[statistics.ordinary(record.norms)]
+    ordinary = record.norms[statistics.finite_positive(record.norms)]
     if not ordinary.size:
-        raise Unusable(suggestion_text.nothing(record.norms, record.source, "replay"))
+        raise LogError(suggestion_text.nothing(record.norms, record.source, "replay"))
     usual = float(np.median(ordinary))
     if not LEAST <= usual <= MOST:
-        raise Unusable(
+        raise LogError(
             f"{record.source}: the usual norm of {number(usual)} is beyond what float32 can replay "
             f"({LEAST:g} to {MOST:g}); multiply all norms by a constant first"
         )
@@ -93,7 +93,7 @@ def choose(methods: Any, record: Record, threshold: float) -> Chosen:
         why = {name: x for name, x in chosen.not_replayed.items() if name != FIXED}
         return Chosen({f"{FIXED}({threshold:.3g})": (fixed, False)} | chosen.methods, why)
     if isinstance(methods, str) or not isinstance(methods, Iterable):
-        raise Unusable(
+        raise LogError(
             f"methods must be a list of names or a mapping from name to transformation, got "
             f"{methods!r}; pass ['robust_clip', 'zclip'], or leave it out for all"
         )
@@ -106,13 +106,13 @@ def _named_methods(names: Iterable[Any], record: Record) -> Chosen:
     for name in listed:
         if name not in known:
             learned = [x for x in known if isinstance(_by_leaf(x), bool)]
-            raise Unusable(
+            raise LogError(
                 f"no method to replay is called {name!r}; there are {', '.join(learned)}, and any "
                 "transformation in a mapping: {'mine': optclip.robust_clip(3.0)}"
             )
         method = catalogue.named(name)
         if method.needs and method.family != "relative":
-            raise Unusable(f"{name} {_by_leaf(name)}")
+            raise LogError(f"{name} {_by_leaf(name)}")
     return _of_names(listed, record)
 
 
@@ -170,7 +170,7 @@ def _without_leaves(record: Record) -> str | None:
     """
     if not record.leaf_norms:
         return NO_LEAVES
-    known = statistics.ordinary(record.norms)
+    known = statistics.finite_positive(record.norms)
     total = np.zeros(int(known.sum()))
     for norms in record.leaf_norms.values():
         total += (norms[known] / record.norms[known]) ** 2
@@ -188,7 +188,7 @@ def _of_mapping(methods: Mapping[str, Any], record: Record) -> Chosen:
     chosen = Chosen({}, {})
     for name, transform in methods.items():
         if not (hasattr(transform, "init") and hasattr(transform, "update")):
-            raise Unusable(
+            raise LogError(
                 f"methods[{name!r}] must be a transformation, such as optclip.robust_clip(), got "
                 f"{transform!r}"
             )

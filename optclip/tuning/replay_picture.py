@@ -10,8 +10,8 @@ import numpy as np
 from optclip.tuning.findings import SPIKE_TIMES, places
 from optclip.tuning.replay_rows import Replayed, Row
 from optclip.tuning.replay_table import without_norms
-from optclip.tuning.style import BLUE, FEW_POINTS, GREY, INK, NEED_MATPLOTLIB
-from optclip.tuning.wording import Unusable, number, percent, steps_taken, times
+from optclip.tuning.style import BLUE, FEW_POINTS, GRAY, INK, NEED_MATPLOTLIB
+from optclip.tuning.wording import LogError, number, percent, steps_taken, times
 
 WIDTH, PANEL, FOOT = 8.0, 1.75, 0.5
 """Inches: of the picture, of the height of a row of panels, and below them."""
@@ -37,7 +37,7 @@ def draw(replay: Replayed, path: Path) -> Path:
     except ImportError:
         raise ImportError(NEED_MATPLOTLIB) from None
     if not replay.rows:
-        raise Unusable("there is no method to draw; replay one that is in optclip.tuning's list")
+        raise LogError("there is no method to draw; replay one that is in optclip.tuning's list")
     columns = min(2, len(replay.rows))
     lines = math.ceil(len(replay.rows) / columns)
     title, note = textwrap.fill(finding(replay), 78), textwrap.fill(_note(replay), 118)
@@ -105,7 +105,7 @@ def _panel(axes: Any, replay: Replayed, row: Row) -> None:
     norms = np.where(record.norms > 0, record.norms, np.nan)
     steps = places(record.steps)
     marks = {"marker": "." if len(steps) <= FEW_POINTS else None, "ms": 5}
-    axes.plot(steps, norms, color=GREY, lw=0.7, label="recorded norm", **marks)
+    axes.plot(steps, norms, color=GRAY, lw=0.7, label="recorded norm", **marks)
     line = row.outputs if row.by_leaf else row.thresholds
     shown = np.where(np.isfinite(line) & (line > 0), line, np.nan)
     axes.plot(steps, shown, color=BLUE, lw=1.6, label="threshold", **marks)

@@ -90,7 +90,7 @@ def row_of(
     name: str,
     trace: Trace,
     norms: np.ndarray,
-    height: np.ndarray,
+    relative_norm: np.ndarray,
     spikes: np.ndarray,
     rise: int | None,
     by_leaf: bool,
@@ -101,7 +101,7 @@ def row_of(
         name: Of the method.
         trace: What it did.
         norms: The recorded norms.
-        height: The same in multiples of the usual ones.
+        relative_norm: The same in multiples of the usual ones.
         spikes: Which steps are spikes.
         rise: The place of the step at which the level rises for good; None for none.
         by_leaf: Whether it clips leaf by leaf.
@@ -109,7 +109,7 @@ def row_of(
     finite = np.isfinite(norms)
     with np.errstate(all="ignore"):
         kept = np.where(norms > 0, trace.outputs / norms, 1.0)
-        out = height * kept  # NaN for an infinity that was skipped
+        out = relative_norm * kept  # NaN for an infinity that was skipped
     last = slice(len(norms) - max(1, len(norms) // 4), None)
     known = finite & (norms > 0)
     cut = kept[known] < CUT
@@ -151,9 +151,9 @@ def _share(clipped: np.ndarray, finite: np.ndarray) -> float:
     return float(clipped[finite].mean()) if finite.any() else 0.0
 
 
-def _largest(height: np.ndarray) -> float:
+def _largest(relative_norm: np.ndarray) -> float:
     """The largest that is known; NaN where none is."""
-    known = height[np.isfinite(height)]
+    known = relative_norm[np.isfinite(relative_norm)]
     return float(known.max()) if known.size else math.nan
 
 
@@ -170,7 +170,7 @@ def _until_let_through(cut: np.ndarray) -> float:
 
 def rise_of(norms: np.ndarray) -> int | None:
     """The step at which the level rises for good, by the most; None where it does not."""
-    places = np.flatnonzero(statistics.ordinary(norms))
+    places = np.flatnonzero(statistics.finite_positive(norms))
     values = norms[places]
     width = min(WINDOW, len(values) // 4)
     if width < 8:

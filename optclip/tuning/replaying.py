@@ -18,9 +18,9 @@ from optclip.tuning.findings import look_at
 from optclip.tuning.plain import plain
 from optclip.tuning.records import Record, read
 from optclip.tuning.replay_rows import Replayed, in_steps, rise_of, row_of
-from optclip.tuning.states import counted_in
+from optclip.tuning.states import counts_in
 from optclip.tuning.suggesting import suggest_threshold
-from optclip.tuning.wording import Unusable
+from optclip.tuning.wording import LogError
 
 PLAIN_WIDTH = 100
 """Letters in a line of a replay that is printed."""
@@ -126,30 +126,30 @@ def replay(
         fixed 0 True
         robust 0 True
     """
-    if not isinstance(source, Record) and counted_in(source) is not None:
-        raise Unusable(
+    if not isinstance(source, Record) and counts_in(source) is not None:
+        raise LogError(
             "a histogram does not know the order of the norms, which a replay needs; log "
             "optclip.metrics(opt_state) at every step"
         )
     record = read(source, norm_key)
     replay_methods.need_replayable(record)
     suggestion = suggest_threshold(record)
-    chosen = replay_methods.choose(methods, record, suggestion.fared.threshold)
+    chosen = replay_methods.choose(methods, record, suggestion.backtest.threshold)
     found = look_at(record, marked=False)
     rise = rise_of(record.norms)
-    height = statistics.heights(record.norms, found.height)
+    relative_norm = statistics.relative_norms(record.norms, found.relative_norm)
     rows = []
     for name, (transform, by_leaf) in chosen.methods.items():
         leaf_norms = record.leaf_norms if by_leaf else {}
         trace = replay_methods.drive(transform, record.norms, leaf_norms)
-        row = row_of(name, trace, record.norms, height, found.spikes, rise, by_leaf)
+        row = row_of(name, trace, record.norms, relative_norm, found.spikes, rise, by_leaf)
         rows.append(in_steps(row, record.every))
     return Replay(
         rows=tuple(rows),
         not_replayed=chosen.not_replayed,
         record=record,
         spikes=int(found.spikes.sum()),
-        worst_spike=math.nan if found.worst is None else float(height[found.worst]),
+        worst_spike=math.nan if found.worst is None else float(relative_norm[found.worst]),
         rise=None if rise is None else float(found.steps[rise]),
         suggestion=suggestion,
     )

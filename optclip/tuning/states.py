@@ -13,10 +13,10 @@ from optclip.histograms import NormHistogram
 from optclip.methods.safeguard import SafeguardState
 from optclip.methods.skip_spikes import SkipState
 from optclip.state import ClipState
-from optclip.tuning.wording import Unusable
+from optclip.tuning.wording import LogError
 
 
-class Counted(NamedTuple):
+class HistogramCounts(NamedTuple):
     """The bins of a histogram that are not empty.
 
     Attributes:
@@ -30,7 +30,7 @@ class Counted(NamedTuple):
     notes: tuple[str, ...]
 
 
-def counted_in(source: Any) -> Counted | None:
+def counts_in(source: Any) -> HistogramCounts | None:
     """The norms in a histogram or a state that has one; None for what is no state.
 
     Raises:
@@ -43,7 +43,7 @@ def counted_in(source: Any) -> Counted | None:
     if found:
         return _counted(found[0], len(found))
     if clips:
-        raise Unusable(
+        raise LogError(
             "no clip in this state keeps the norms of its steps; put "
             "optclip.measure_norms(histogram=True) first in the chain, or log optclip.metrics"
         )
@@ -79,10 +79,10 @@ def _memory(clip: Any) -> Any:
     return clip if isinstance(clip, NormHistogram) else getattr(clip, "memory", None)
 
 
-def _counted(clip: Any, found: int) -> Counted:
+def _counted(clip: Any, found: int) -> HistogramCounts:
     counts = np.asarray(array_in(_memory(clip).counts), np.int64)
     if counts.shape != (histograms.BINS,):
-        raise Unusable(
+        raise LogError(
             f"the counts of one histogram have shape {(histograms.BINS,)}, got {counts.shape}; of "
             "several runs or replicas pass one, or what optclip.histograms.merged makes of them"
         )
@@ -94,5 +94,5 @@ def _counted(clip: Any, found: int) -> Counted:
     if outside := int(counts[~known].sum()):
         notes.append(f"below 2^-64 or from 2^64 on, and left out: {outside:,} of the norms")
     if not known.any():
-        raise Unusable("the histogram is empty, so there is nothing to choose from; train first")
-    return Counted(norms[known], counts[known], tuple(notes))
+        raise LogError("the histogram is empty, so there is nothing to choose from; train first")
+    return HistogramCounts(norms[known], counts[known], tuple(notes))

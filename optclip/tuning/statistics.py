@@ -59,7 +59,7 @@ class Sample(NamedTuple):
         return float(self.counts[self.norms > threshold].sum() / self.size)
 
 
-class Course(NamedTuple):
+class NormStatistics(NamedTuple):
     """How the norms go over a run.
 
     Attributes:
@@ -87,8 +87,8 @@ class Course(NamedTuple):
         return float(self.levels.max() / self.levels.min()) if len(self.levels) > 1 else None
 
 
-def course_of(norms: np.ndarray, deviations: float) -> Course:
-    """The `Course` of settled norms in the order of the run.
+def statistics_of_norms(norms: np.ndarray, deviations: float) -> NormStatistics:
+    """The `NormStatistics` of settled norms in the order of the run.
 
     Args:
         norms: Positive and finite.
@@ -104,14 +104,14 @@ def course_of(norms: np.ndarray, deviations: float) -> Course:
         if few
         else _interval_of_parts(parts, deviations)
     )
-    return Course(Sample(*np.unique(norms, return_counts=True)), levels, spread, interval)
+    return NormStatistics(Sample(*np.unique(norms, return_counts=True)), levels, spread, interval)
 
 
-def course_of_counts(sample: Sample, deviations: float) -> Course:
+def statistics_of_norms_counts(sample: Sample, deviations: float) -> NormStatistics:
     """The same of norms whose order is not known."""
     level = sample.quantile(0.5)
     spread = _guarded(math.log(sample.quantile(0.75) / level), sample.size)
-    return Course(
+    return NormStatistics(
         sample, np.array([level]), spread, _interval_of_few(spread, sample.size, deviations)
     )
 
@@ -129,34 +129,34 @@ def _guarded(quartile: float, count: int) -> float:
     return max(math.sqrt(total / (count + GUESS_COUNTS)), LEAST_SPREAD)
 
 
-def ordinary(norms: np.ndarray) -> np.ndarray:
+def finite_positive(norms: np.ndarray) -> np.ndarray:
     """Which norms a threshold can be read from: the finite ones above 0."""
     return np.isfinite(norms) & (norms > 0)
 
 
-def settled(norms: np.ndarray) -> np.ndarray:
+def after_warmup(norms: np.ndarray) -> np.ndarray:
     """The ordinary norms after the start-up, in order; of a short run all of them."""
-    known = norms[ordinary(norms)]
+    known = norms[finite_positive(norms)]
     after = known[int(START_UP * len(known)) :]
     return after if len(after) >= 2 * FEWEST else known
 
 
-def heights(norms: np.ndarray, height: np.ndarray) -> np.ndarray:
+def relative_norms(norms: np.ndarray, relative_norm: np.ndarray) -> np.ndarray:
     """Norms in multiples of the usual ones; of all where the run is too short to tell."""
-    if np.isfinite(height[np.isfinite(norms)]).any():
-        return height
-    return norms / np.median(norms[ordinary(norms)])
+    if np.isfinite(relative_norm[np.isfinite(norms)]).any():
+        return relative_norm
+    return norms / np.median(norms[finite_positive(norms)])
 
 
 def moving_median(norms: np.ndarray, width: int) -> np.ndarray:
-    """The median of each row of so many neighbours: one less than `width` fewer than norms."""
+    """The median of each row of so many neighbors: one less than `width` fewer than norms."""
     windows = np.lib.stride_tricks.sliding_window_view(norms, width)
     parts = range(0, len(windows), _AT_ONCE)
     return np.concatenate([np.median(windows[at : at + _AT_ONCE], axis=1) for at in parts])
 
 
 def _interval_of_parts(parts: list[np.ndarray], deviations: float) -> tuple[float, float]:
-    """By a bootstrap of blocks within each part: norms of neighbouring steps are alike."""
+    """By a bootstrap of blocks within each part: norms of neighboring steps are alike."""
     random = np.random.default_rng(0)
     logs = [np.log(part[:: max(1, len(part) * len(parts) // _MOST)]) for part in parts]
     drawn = [_resampled(part, random) for part in logs]

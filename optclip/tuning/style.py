@@ -1,8 +1,8 @@
-"""What all pictures of this folder share: their colours, and what they say without matplotlib."""
+"""What all pictures of this folder share: their colors, and what they say without matplotlib."""
 
-# From Okabe and Ito's palette, which the colour-blind can tell apart.
+# From Okabe and Ito's palette, which the color-blind can tell apart.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-GREY, DARK, INK = "#999999", "#444444", "#222222"
+GRAY, DARK, INK = "#999999", "#444444", "#222222"
 
 NEED_MATPLOTLIB = 'pictures need matplotlib: pip install "optclip[tuning]"'
 

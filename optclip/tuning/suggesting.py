@@ -9,10 +9,10 @@ from optclip.tuning import statistics, suggestion_text
 from optclip.tuning.findings import SPIKE_DEVIATIONS, SPIKE_TIMES, look_at
 from optclip.tuning.plain import plain
 from optclip.tuning.records import Record, read
-from optclip.tuning.states import Counted, counted_in
-from optclip.tuning.statistics import Course, Sample
-from optclip.tuning.suggestion_text import Fared
-from optclip.tuning.wording import Unusable
+from optclip.tuning.states import HistogramCounts, counts_in
+from optclip.tuning.statistics import NormStatistics, Sample
+from optclip.tuning.suggestion_text import Backtest
+from optclip.tuning.wording import LogError
 
 DEVIATIONS = 2.0
 """How many deviations of the log norm the threshold lies above the level."""
@@ -45,7 +45,7 @@ class Suggestion(NamedTuple):
         method: What to paste: "optclip.clip_by_global_norm(0.84)" or "optclip.robust_clip()".
         reason: Why, in a sentence.
         uncertainty: How unsure the answer is, in a sentence; None where that is not worth a word.
-        fared: How a fixed threshold would have fared over the run.
+        backtest: How a fixed threshold would have done over the run.
         level: The typical norm: after the start-up, the median; of the medians of eight parts of
             the run the upper quartile.
         drift: The factor by which the typical norm moves over the run: the largest of these medians
@@ -66,7 +66,7 @@ class Suggestion(NamedTuple):
     method: str
     reason: str
     uncertainty: str | None
-    fared: Fared
+    backtest: Backtest
     level: float
     drift: float | None
     noise: float
@@ -78,24 +78,24 @@ class Suggestion(NamedTuple):
         """The same as plain numbers, strings, lists and None, for `json.dumps`.
 
         The two clip rates are called by what tells them apart: "clip_rate_expected" (after the
-        start-up) and, under "fared", "clip_rate_over_the_run".
+        start-up) and, under "backtest", "clip_rate_over_the_run".
         """
-        told = {_IN_JSON.get(name, name): value for name, value in self._asdict().items()}
-        told["fared"] = {
+        values = {_IN_JSON.get(name, name): value for name, value in self._asdict().items()}
+        values["backtest"] = {
             "clip_rate_over_the_run" if name == "clip_rate" else name: value
-            for name, value in self.fared._asdict().items()
+            for name, value in self.backtest._asdict().items()
         }
-        return plain(told)
+        return plain(values)
 
     def __str__(self) -> str:
-        fared = "" if self.threshold is None else suggestion_text.told(self.fared)
+        backtest = "" if self.threshold is None else suggestion_text.describe(self.backtest)
         notes = (suggestion_text.sentence(note) for note in self.notes)
         use = f"Use {self.method}."
         if self.steps < statistics.FEWEST:  # nobody may miss it
             doubt = self.uncertainty or f"{suggestion_text.too_few(self.steps)}."
-            parts = (doubt, f"Until then {use[:1].lower()}{use[1:]}", self.reason, fared, *notes)
+            parts = (doubt, f"Until then {use[:1].lower()}{use[1:]}", self.reason, backtest, *notes)
         else:
-            parts = (use, self.reason, fared, self.uncertainty, *notes)
+            parts = (use, self.reason, backtest, self.uncertainty, *notes)
         return " ".join(part for part in parts if part)
 
 
@@ -153,43 +153,45 @@ def suggest_threshold(source: Any, *, norm_key: str | None = None) -> Suggestion
         Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks",
         2012, arXiv:1211.5063, take half to ten times the average norm over a number of updates.
     """
-    counted = None if isinstance(source, Record) else counted_in(source)
+    counted = None if isinstance(source, Record) else counts_in(source)
     return _from_record(read(source, norm_key)) if counted is None else _from_histogram(counted)
 
 
 def _from_record(record: Record) -> Suggestion:
     norms = record.norms
-    if not statistics.ordinary(norms).any():
-        raise Unusable(suggestion_text.nothing(norms, record.source))
-    settled = statistics.settled(norms)
-    course = statistics.course_of(settled, DEVIATIONS)
+    if not statistics.finite_positive(norms).any():
+        raise LogError(suggestion_text.nothing(norms, record.source))
+    settled = statistics.after_warmup(norms)
+    course = statistics.statistics_of_norms(settled, DEVIATIONS)
     found = look_at(record, marked=False)
     notes = (*record.notes, *suggestion_text.notes(record))
     spikes = int(found.spikes.sum())
-    height = statistics.heights(norms, found.height)
-    known = np.isfinite(height)
-    fared = _fared(norms, _threshold(course), height, known & found.spikes if spikes else known)
+    relative_norm = statistics.relative_norms(norms, found.relative_norm)
+    known = np.isfinite(relative_norm)
+    backtest = _backtest(
+        norms, _threshold(course), relative_norm, known & found.spikes if spikes else known
+    )
     diverged = _divergence(norms, found.steps)
     if diverged is not None and (course.drift is None or _moves(course)):
         reason = suggestion_text.diverged(diverged, int(found.steps[-1]))
-        return _adaptive("optclip.safeguard(optimizer)", reason, course, fared, spikes, notes)
+        return _adaptive("optclip.safeguard(optimizer)", reason, course, backtest, spikes, notes)
     if _moves(course):
-        reason = suggestion_text.moving(course, fared, MOST_DRIFT)
-        return _adaptive("optclip.robust_clip()", reason, course, fared, spikes, notes)
+        reason = suggestion_text.moving(course, backtest, MOST_DRIFT)
+        return _adaptive("optclip.robust_clip()", reason, course, backtest, spikes, notes)
     if diverged is not None:
         notes = (*notes, suggestion_text.last_finite(diverged, int(found.steps[-1])))
-    late = len(settled) < int(statistics.ordinary(norms).sum())
-    uncertainty = suggestion_text.uncertainty(course, fared.threshold)
-    return _fixed(course, fared, spikes, uncertainty, notes, late)
+    late = len(settled) < int(statistics.finite_positive(norms).sum())
+    uncertainty = suggestion_text.uncertainty(course, backtest.threshold)
+    return _fixed(course, backtest, spikes, uncertainty, notes, late)
 
 
-def _from_histogram(counted: Counted) -> Suggestion:
+def _from_histogram(counted: HistogramCounts) -> Suggestion:
     sample = Sample(counted.norms, counted.counts)
-    course = statistics.course_of_counts(sample, DEVIATIONS)
+    course = statistics.statistics_of_norms_counts(sample, DEVIATIONS)
     level, threshold = course.level, _threshold(course)
     tall = max(SPIKE_TIMES, math.exp(SPIKE_DEVIATIONS * course.spread))
     largest = float(sample.norms[-1])
-    fared = Fared(
+    backtest = Backtest(
         threshold,
         sample.share_above(threshold),
         quarters=(),
@@ -198,14 +200,14 @@ def _from_histogram(counted: Counted) -> Suggestion:
     )
     spikes = int(sample.counts[sample.norms > tall * level].sum())
     uncertainty = suggestion_text.uncertainty(course, threshold, ordered=False)
-    return _fixed(course, fared, spikes, uncertainty, counted.notes)
+    return _fixed(course, backtest, spikes, uncertainty, counted.notes)
 
 
-def _threshold(course: Course) -> float:
+def _threshold(course: NormStatistics) -> float:
     return course.level * math.exp(DEVIATIONS * course.spread)
 
 
-def _moves(course: Course) -> bool:
+def _moves(course: NormStatistics) -> bool:
     """Whether the level moves by more than one threshold fits."""
     most = max(MOST_DRIFT, math.exp(MOST_DEVIATIONS * course.spread))
     return course.drift is not None and course.drift > most
@@ -226,19 +228,19 @@ def _divergence(norms: np.ndarray, steps: np.ndarray) -> int | None:
 
 
 def _fixed(
-    course: Course,
-    fared: Fared,
+    course: NormStatistics,
+    backtest: Backtest,
     spikes: int,
     uncertainty: str | None,
     notes: tuple[str, ...],
     late: bool = False,
 ) -> Suggestion:
-    threshold, share = fared.threshold, course.sample.share_above(fared.threshold)
+    threshold, share = backtest.threshold, course.sample.share_above(backtest.threshold)
     low, high = course.interval
-    few = fared.clip_rate - spikes / course.sample.size <= suggestion_text.FEW_CLIPPED
+    few = backtest.clip_rate - spikes / course.sample.size <= suggestion_text.FEW_CLIPPED
     reason = suggestion_text.fitting(course, threshold, DEVIATIONS, MOST_DRIFT, late, few)
     method = f"optclip.clip_by_global_norm({threshold:.3g})"
-    return _adaptive(method, reason, course, fared, spikes, notes)._replace(
+    return _adaptive(method, reason, course, backtest, spikes, notes)._replace(
         threshold=threshold,
         interval=(threshold * low, threshold * high),
         percentile=100 * (1 - share),
@@ -251,8 +253,8 @@ def _fixed(
 def _adaptive(
     method: str,
     reason: str,
-    course: Course,
-    fared: Fared,
+    course: NormStatistics,
+    backtest: Backtest,
     spikes: int,
     notes: tuple[str, ...],
 ) -> Suggestion:
@@ -265,7 +267,7 @@ def _adaptive(
         method=method,
         reason=reason,
         uncertainty=None,
-        fared=fared,
+        backtest=backtest,
         level=course.level,
         drift=course.drift,
         noise=course.spread,
@@ -275,19 +277,21 @@ def _adaptive(
     )
 
 
-def _fared(norms: np.ndarray, threshold: float, height: np.ndarray, among: np.ndarray) -> Fared:
-    """How a threshold would have fared; the worst of the steps among those."""
+def _backtest(
+    norms: np.ndarray, threshold: float, relative_norm: np.ndarray, among: np.ndarray
+) -> Backtest:
+    """How a threshold would have done; the worst of the steps among those."""
 
     def share(part: np.ndarray) -> float | None:
         finite = part[np.isfinite(part)]
         return float((finite > threshold).mean()) if finite.size else None
 
-    known = among if among.any() else np.isfinite(height)
-    after = height[known] * np.minimum(1, threshold / np.maximum(norms[known], threshold))
-    return Fared(
+    known = among if among.any() else np.isfinite(relative_norm)
+    after = relative_norm[known] * np.minimum(1, threshold / np.maximum(norms[known], threshold))
+    return Backtest(
         threshold,
         share(norms) or 0.0,
         quarters=tuple(share(part) for part in np.array_split(norms, 4)),
-        worst_before=float(height[known].max()),
+        worst_before=float(relative_norm[known].max()),
         worst_after=float(after.max()),
     )

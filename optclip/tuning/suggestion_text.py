@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from optclip.tuning.records import LOSS_KEYS, Record
-from optclip.tuning.statistics import FEWEST, Course
+from optclip.tuning.statistics import FEWEST, NormStatistics
 from optclip.tuning.wording import number, percent
 
 MANY_CLIPPED = 0.1
@@ -18,8 +18,8 @@ FEW_CLIPPED = 0.05
 _QUARTERS = ("first", "second", "third", "last")
 
 
-class Fared(NamedTuple):
-    """How a fixed threshold would have fared on the recorded norms, as if they had stayed the same.
+class Backtest(NamedTuple):
+    """How a fixed threshold would have done on the recorded norms, had they stayed the same.
 
     Attributes:
         threshold: The threshold: the one suggested, or what it would be where none fits.
@@ -39,7 +39,12 @@ class Fared(NamedTuple):
 
 
 def fitting(
-    course: Course, threshold: float, deviations: float, most_drift: float, late: bool, few: bool
+    course: NormStatistics,
+    threshold: float,
+    deviations: float,
+    most_drift: float,
+    late: bool,
+    few: bool,
 ) -> str:
     """Why this threshold.
 
@@ -67,16 +72,16 @@ def fitting(
     )
 
 
-def moving(course: Course, fared: Fared, most_drift: float) -> str:
+def moving(course: NormStatistics, backtest: Backtest, most_drift: float) -> str:
     """Why no fixed one."""
     change = course.levels[-1] / course.levels[0]
     how = "rises" if change > 2 else "falls" if change < 0.5 else "moves"
-    quarters = ", ".join("-" if x is None else percent(x) for x in fared.quarters)
-    lowest = fared.threshold / course.levels.min()
+    quarters = ", ".join("-" if x is None else percent(x) for x in backtest.quarters)
+    lowest = backtest.threshold / course.levels.min()
     return (
         f"A fixed threshold does not fit: the typical norm {how} by a factor of "
         f"{number(course.drift or 1.0)} over the run (more than {most_drift:g}), so that "
-        f"{number(fared.threshold)} would have clipped {quarters} of its quarters, and let "
+        f"{number(backtest.threshold)} would have clipped {quarters} of its quarters, and let "
         f"{number(lowest)} times the typical norm through where that is smallest; robust_clip "
         "follows it."
     )
@@ -104,24 +109,24 @@ def last_finite(step: int, last: int) -> str:
     )
 
 
-def told(fared: Fared) -> str:
-    """How it would have fared."""
-    said = f"On this run it would have clipped {percent(fared.clip_rate)} of the steps"
-    shares = [share for share in fared.quarters if share is not None]
+def describe(backtest: Backtest) -> str:
+    """How a fixed threshold would have done."""
+    said = f"On this run it would have clipped {percent(backtest.clip_rate)} of the steps"
+    shares = [share for share in backtest.quarters if share is not None]
     if len(shares) == len(_QUARTERS) and any(shares):
         most = max(range(len(shares)), key=shares.__getitem__)
-        if fared.clip_rate > FEW_CLIPPED and shares[most] > 0.5 * sum(shares):
+        if backtest.clip_rate > FEW_CLIPPED and shares[most] > 0.5 * sum(shares):
             said += f", most of them in the {_QUARTERS[most]} quarter"
         said += f" ({', '.join(map(percent, shares))} by quarter)"
-    if fared.worst_after < fared.worst_before:
+    if backtest.worst_after < backtest.worst_before:
         said += (
-            f" and brought the worst from {number(fared.worst_before)} to "
-            f"{number(fared.worst_after)} times the norms around it"
+            f" and brought the worst from {number(backtest.worst_before)} to "
+            f"{number(backtest.worst_after)} times the norms around it"
         )
     return f"{said}."
 
 
-def uncertainty(course: Course, threshold: float, ordered: bool = True) -> str | None:
+def uncertainty(course: NormStatistics, threshold: float, ordered: bool = True) -> str | None:
     """How unsure the threshold is; None where that is not worth a word."""
     low, high = (threshold * factor for factor in course.interval)
     count = course.sample.size
@@ -158,10 +163,10 @@ def notes(record: Record) -> list[str]:
     known = np.zeros(0) if factor is None else factor[np.isfinite(factor)]
     clipped = float((known < 1).mean()) if known.size else 0.0
     if clipped > MANY_CLIPPED:
-        mend = "; record one with measure_norms() in place of the clip" if clipped > 0.5 else ""
+        hint = "; record one with measure_norms() in place of the clip" if clipped > 0.5 else ""
         said.append(
             f"{percent(clipped)} of the steps were clipped; without that the norms would have been "
-            f"others{mend}"
+            f"others{hint}"
         )
     if _learned_nothing(record):
         said.append(

@@ -10,7 +10,7 @@ from optclip.tuning.plain import plain
 from optclip.tuning.style import BLUE, GREEN, NEED_MATPLOTLIB, ORANGE
 from optclip.tuning.wording import percent
 
-GREY = "#666666"  # darker than that of the other pictures: here it is the ink of words
+GRAY = "#666666"  # darker than that of the other pictures: here it is the ink of words
 
 FLAT = 0.02
 """Median losses within this share of the best are called as good."""

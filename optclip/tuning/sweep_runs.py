@@ -21,7 +21,7 @@ FETCH_EVERY = 20
 """Steps between two waits for the device."""
 
 
-class Given(NamedTuple):
+class SweepSpec(NamedTuple):
     """What was passed to `sweep`."""
 
     train_step: Callable[..., Any]
@@ -78,7 +78,7 @@ def _number(x: Any, name: str) -> jax.Array:
     return jnp.asarray(x).astype(jnp.float32)
 
 
-class Way(NamedTuple):
+class Runner(NamedTuple):
     """A way to train some of the runs.
 
     Attributes:
@@ -92,21 +92,21 @@ class Way(NamedTuple):
     final: Callable[[State], jax.Array]
 
 
-def one_by_one(given: Given) -> list[Way]:
+def one_by_one(spec: SweepSpec) -> list[Runner]:
     """A way for each run, thresholds first; all with one compiled step."""
-    started, compiled, final = jax.jit(given.init), jax.jit(given.step), jax.jit(given.final)
+    started, compiled, final = jax.jit(spec.init), jax.jit(spec.step), jax.jit(spec.final)
 
-    def way(size: jax.Array, seed: int) -> Way:
-        return Way(
+    def runner(size: jax.Array, seed: int) -> Runner:
+        return Runner(
             lambda: started(seed, size),
-            lambda state, number: compiled(state, size, given.batches(seed, number)),
+            lambda state, number: compiled(state, size, spec.batches(seed, number)),
             final,
         )
 
-    return [way(size, seed) for size in given.sizes for seed in given.seeds]
+    return [runner(size, seed) for size in spec.sizes for seed in spec.seeds]
 
 
-def all_together(given: Given) -> Way:
+def all_together(spec: SweepSpec) -> Runner:
     """States with two more dimensions in front: thresholds, seeds."""
 
     def over_both(function: Callable[..., Any], *axes: Any) -> Callable[..., Any]:
@@ -114,47 +114,47 @@ def all_together(given: Given) -> Way:
         by_seed = jax.vmap(function, in_axes=tuple(seed for seed, _ in axes))
         return jax.jit(jax.vmap(by_seed, in_axes=tuple(size for _, size in axes)))
 
-    started = over_both(given.init, (0, None), (None, 0))
-    compiled = over_both(given.step, (0, 0), (None, 0), (0, None))
+    started = over_both(spec.init, (0, None), (None, 0))
+    compiled = over_both(spec.step, (0, 0), (None, 0), (0, None))
 
     def step(state: State, number: int) -> tuple[State, jax.Array]:
-        batches = [given.batches(seed, number) for seed in given.seeds]
-        return compiled(state, given.sizes, jax.tree.map(lambda *x: jnp.stack(x), *batches))
+        batches = [spec.batches(seed, number) for seed in spec.seeds]
+        return compiled(state, spec.sizes, jax.tree.map(lambda *x: jnp.stack(x), *batches))
 
-    return Way(
-        lambda: started(jnp.asarray(given.seeds), given.sizes),
+    return Runner(
+        lambda: started(jnp.asarray(spec.seeds), spec.sizes),
         step,
-        over_both(given.final, (0, 0)),
+        over_both(spec.final, (0, 0)),
     )
 
 
-def faster(given: Given) -> list[Way]:
+def faster(spec: SweepSpec) -> list[Runner]:
     """The way that takes less time, measured; one by one where all together would not fit."""
-    single = one_by_one(given)
-    if len(single) == 1 or given.bytes > MOST_AT_ONCE:
+    single = one_by_one(spec)
+    if len(single) == 1 or spec.bytes > MOST_AT_ONCE:
         return single
-    together = all_together(given)
+    together = all_together(spec)
     return [together] if _seconds(together) < len(single) * _seconds(single[0]) else single
 
 
-def _seconds(way: Way) -> float:
+def _seconds(runner: Runner) -> float:
     """What a step takes, once it is compiled."""
-    state, _ = jax.block_until_ready(way.step(way.start(), 0))
+    state, _ = jax.block_until_ready(runner.step(runner.start(), 0))
     began = time.perf_counter()
     for number in range(TRIAL_STEPS):
-        state, _ = way.step(state, number)
+        state, _ = runner.step(state, number)
     jax.block_until_ready(state)
     return (time.perf_counter() - began) / TRIAL_STEPS
 
 
-def train(way: Way, steps: int, bar: Any) -> tuple[np.ndarray, np.ndarray]:
+def train(runner: Runner, steps: int, bar: Any) -> tuple[np.ndarray, np.ndarray]:
     """What was read of each step, and the final losses; the state is let go of."""
-    state, read = way.start(), []
+    state, read = runner.start(), []
     for number in range(steps):
-        state, reading = way.step(state, number)
+        state, reading = runner.step(state, number)
         read.append(reading)
         if len(read) % FETCH_EVERY == 0:
             jax.block_until_ready(reading)  # The bar tells what is done, not what is queued.
             bar.update(FETCH_EVERY)
     bar.update(steps % FETCH_EVERY)
-    return np.stack(jax.device_get(read)), np.asarray(way.final(state))
+    return np.stack(jax.device_get(read)), np.asarray(runner.final(state))

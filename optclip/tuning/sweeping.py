@@ -11,7 +11,7 @@ import numpy as np
 
 from optclip.tuning import sweep_runs
 from optclip.tuning.sweep_result import Sweep
-from optclip.tuning.sweep_runs import Batch, Given, State, kind
+from optclip.tuning.sweep_runs import Batch, State, SweepSpec, kind
 
 LAST = 0.1
 """Share of the steps at the end whose mean training loss is the final loss."""
@@ -87,11 +87,11 @@ def sweep(
     sizes, numbers = _sizes(thresholds), _numbers(seeds)
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"sweep(steps=...) must be a whole number of at least 1, got {steps!r}")
-    given = Given(train_step, init, batches, evaluate, jnp.asarray(sizes, jnp.float32), numbers)
+    spec = SweepSpec(train_step, init, batches, evaluate, jnp.asarray(sizes, jnp.float32), numbers)
     if vectorize is None:
-        ways = sweep_runs.faster(given)
+        ways = sweep_runs.faster(spec)
     else:
-        ways = [sweep_runs.all_together(given)] if vectorize else sweep_runs.one_by_one(given)
+        ways = [sweep_runs.all_together(spec)] if vectorize else sweep_runs.one_by_one(spec)
     together = len(ways) == 1 and len(sizes) * len(numbers) > 1
     with _bar(steps * len(ways), progress) as bar:
         read, final = zip(*(sweep_runs.train(way, steps, bar) for way in ways), strict=True)

@@ -3,8 +3,8 @@
 import math
 
 
-class Unusable(ValueError):
-    """What was given cannot be used; its one line says how to mend it."""
+class LogError(ValueError):
+    """What was given cannot be used; its one line says how to fix it."""
 
 
 def percent(share: float) -> str:

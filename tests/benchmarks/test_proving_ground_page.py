@@ -154,7 +154,7 @@ def test_advice_tells_what_diverged():
 # Variants ----------------------------------------------------------------------------------------
 
 
-def test_a_bias_that_starts_at_zero_moves_as_its_neighbours_do():
+def test_a_bias_that_starts_at_zero_moves_as_its_neighbors_do():
     bound = candidates.by_unit_or_tree(0.1)
     updates, _ = bound.update({"a": jnp.ones(2), "b": jnp.ones(2)}, bound.init(PARAMS), PARAMS)
     rms = np.sqrt(25 / 4)

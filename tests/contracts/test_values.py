@@ -156,14 +156,14 @@ def test_3_at_ordinary_gradients_some_are_clipped_and_a_thousandth_is_not(method
 def assert_bounded(method, begin, gradient, updates, outcome, reported):
     """Checks every group's norm after clipping, and that what is below its threshold is the same.
 
-    A threshold that was learnt in float32 is taken from the readings where there is one.
+    A threshold that was learned in float32 is taken from the readings where there is one.
     """
     before, after = jax.tree.leaves(gradient), jax.tree.leaves(updates)
-    learnt = 1 + 1e-4 if method.has_memory else 1
+    learned = 1 + 1e-4 if method.has_memory else 1
     for place, bounds in outcome.bounds.items():
         old, new = np.ravel(before[place]), np.ravel(after[place])
         roundoff, step = ROUNDOFF[old.dtype.name], slack(old.dtype)
-        assert np.all(clips.moduli(new) <= bounds * learnt * (1 + roundoff) + step)
+        assert np.all(clips.moduli(new) <= bounds * learned * (1 + roundoff) + step)
         below = clips.moduli(old) < bounds * (1 - 1e-4)
         assert old[below].tobytes() == new[below].tobytes()
     if outcome.bounds:
@@ -172,7 +172,7 @@ def assert_bounded(method, begin, gradient, updates, outcome, reported):
         outcome.groups, outcome.norms, outcome.thresholds, strict=True
     ):
         if method.has_memory:
-            threshold = reported if len(outcome.groups) == 1 else threshold * learnt
+            threshold = reported if len(outcome.groups) == 1 else threshold * learned
         clipped = begin.oracle.measure(updates, begin.params, group)
         assert clipped <= bound_of(begin, gradient, group, threshold)
         if method.hard and size < threshold * (1 - 1e-5):

@@ -20,7 +20,7 @@ from optclip.thresholds import Rule, windows
 def median_over_window(multiplier: Any, window: int) -> Rule:
     """A multiple of the median of the last norms before this one."""
     window = windows.check_count(window, "window=")
-    windows.check_number(multiplier, "multiplier=", mend="pass 2.0")
+    windows.check_number(multiplier, "multiplier=", hint="pass 2.0")
 
     def init(norms):  # a norm that is yet to come is NaN
         return jnp.full((window, *norms.shape), jnp.nan, norms.dtype)

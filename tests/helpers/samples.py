@@ -167,7 +167,7 @@ def compare(actual: Any, expected: Any, check: Any) -> None:
 
 
 def _ordinal(x: np.ndarray) -> np.ndarray:
-    """Integers in the order of 16-bit floats, one apart where the floats are neighbours."""
+    """Integers in the order of 16-bit floats, one apart where the floats are neighbors."""
     assert x.dtype in (np.float16, jnp.bfloat16)
     bits = x.view(np.int16).astype(np.int32)
     return np.where(bits < 0, -(bits & 0x7FFF), bits)

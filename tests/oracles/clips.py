@@ -136,11 +136,11 @@ def groups_of(
     if scope == "leaf":
         return [[(place, ...)] for place, _, _ in leaves]
     if scope == "group":
-        labelled: dict[Any, Group] = {}
+        labeled: dict[Any, Group] = {}
         for place, path, _ in leaves:
             if label(path) is not None:
-                labelled.setdefault(label(path), []).append((place, ...))
-        return list(labelled.values())
+                labeled.setdefault(label(path), []).append((place, ...))
+        return list(labeled.values())
     assert scope == "unit"
     return [
         [(place, selector)]

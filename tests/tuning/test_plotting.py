@@ -38,7 +38,7 @@ def written(path, rows, cut_short=""):
 
 
 def labels(figure):
-    """The label of each panel, and of a colour bar, in one line."""
+    """The label of each panel, and of a color bar, in one line."""
     return [axis.get_ylabel().replace("\n", " ") for axis in figure.axes]
 
 
@@ -314,7 +314,7 @@ def test_a_heat_map_of_the_leaves(tmp_path):
     rows[7]["clip/norms/params/block_2/kernel"] = 0.0
     rows[8]["clip/norms/params/block_2/kernel"] = None
     figure = plot_run(rows, tmp_path / "run.png")
-    assert labels(figure)[-2:] == ["leaf", "norm of the leaf (log colours)"]
+    assert labels(figure)[-2:] == ["leaf", "norm of the leaf (log colors)"]
     heat = figure.axes[-2]
     assert [text.get_text() for text in heat.get_yticklabels()] == [
         f"block_{at}/kernel" for at in range(6)

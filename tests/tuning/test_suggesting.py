@@ -83,16 +83,16 @@ def test_intervals_hold_the_truth(noise):
     assert math.log(wide[1] / wide[0]) > 4 * math.log(narrow[1] / narrow[0])
 
 
-def test_how_it_would_have_fared_is_counted():
+def test_how_it_would_have_done_is_counted():
     norms = spiky()
     suggestion = suggest_threshold(norms)
-    fared = suggestion.fared
-    assert fared.threshold == suggestion.threshold
-    assert fared.clip_rate == np.mean(norms > fared.threshold)
-    assert fared.quarters == tuple(np.mean(q > fared.threshold) for q in np.split(norms, 4))
+    backtest = suggestion.backtest
+    assert backtest.threshold == suggestion.threshold
+    assert backtest.clip_rate == np.mean(norms > backtest.threshold)
+    assert backtest.quarters == tuple(np.mean(q > backtest.threshold) for q in np.split(norms, 4))
     assert suggestion.spikes == 25
-    assert fared.worst_before == pytest.approx(norms.max(), rel=0.15)
-    assert fared.worst_after < 2
+    assert backtest.worst_before == pytest.approx(norms.max(), rel=0.15)
+    assert backtest.worst_after < 2
 
 
 def test_spikes_move_neither_threshold_nor_drift():
@@ -113,8 +113,8 @@ def test_a_drifting_run_is_told_from_a_spiky_one(factor):
     assert suggestion.drift > 4
     assert ("rises" if factor > 1 else "falls") in suggestion.reason
     assert "(more than 4)" in suggestion.reason
-    assert suggestion.fared.quarters == tuple(
-        np.mean(q > suggestion.fared.threshold) for q in np.split(norms, 4)
+    assert suggestion.backtest.quarters == tuple(
+        np.mean(q > suggestion.backtest.threshold) for q in np.split(norms, 4)
     )
 
 
@@ -147,7 +147,7 @@ def test_the_start_of_a_run_is_that_of_the_steps_with_norms():
 def test_a_steep_start_is_not_called_few_clipped_steps():
     norms = noisy() * np.concatenate([np.geomspace(8, 1, 200), np.ones(800)])
     steep, flat, many = (suggest_threshold(x) for x in (norms, noisy(), spiky(200)))
-    assert steep.fared.clip_rate > 0.1
+    assert steep.backtest.clip_rate > 0.1
     assert "few other steps" not in str(steep)
     assert "% of the steps, most of them in the first quarter (" in str(steep)
     assert "after the first tenth of the run" in str(steep)
@@ -160,7 +160,7 @@ def test_a_steep_start_is_not_called_few_clipped_steps():
 @pytest.mark.parametrize("norms", [noisy(), drifting(10), noisy(3)], ids=["noisy", "drift", "3"])
 def test_it_has_no_scale(norms, scale):
     one, other = suggest_threshold(norms), suggest_threshold(scale * norms)
-    assert other.fared.threshold == pytest.approx(scale * one.fared.threshold, rel=1e-6)
+    assert other.backtest.threshold == pytest.approx(scale * one.backtest.threshold, rel=1e-6)
     assert (one.threshold is None) == (other.threshold is None)
     assert other.drift == pytest.approx(one.drift) if one.drift else other.drift is None
     if one.interval:
@@ -183,7 +183,7 @@ def test_short_records_are_answered_with_doubts():
         low, high = suggestion.interval
         assert low < suggestion.threshold < high
         assert high / low > 1.2
-        assert np.isfinite(suggestion.fared.worst_before)
+        assert np.isfinite(suggestion.backtest.worst_before)
     assert suggest_threshold(noisy(100_000)).uncertainty is None
 
 
@@ -204,8 +204,8 @@ def test_what_is_not_finite_or_0_is_left_out_and_counted():
         "3 of 1,004 norms not finite, and left out",
         "1 of 1,004 norms 0, and left out",
     )
-    assert suggestion.fared.clip_rate == np.mean(
-        holes[np.isfinite(holes)] > suggestion.fared.threshold
+    assert suggestion.backtest.clip_rate == np.mean(
+        holes[np.isfinite(holes)] > suggestion.backtest.threshold
     )
 
 
@@ -344,8 +344,8 @@ def test_a_histogram_gives_the_tail_and_says_that_it_knows_no_drift():
     assert whole.clip_rate == pytest.approx(np.mean(norms > whole.threshold), abs=0.01)
     assert whole.drift is None
     assert whole.spikes == 500
-    assert whole.fared.quarters == ()
-    assert whole.fared.worst_after < 2 < 50 < whole.fared.worst_before
+    assert whole.backtest.quarters == ()
+    assert whole.backtest.worst_after < 2 < 50 < whole.backtest.worst_before
     assert "histogram cannot tell" in whole.uncertainty
 
 
@@ -410,8 +410,8 @@ def test_it_reads_as_a_paragraph_and_writes_as_json(source):
     written = json.loads(json.dumps(suggestion.to_dict(), allow_nan=False))
     assert written["threshold"] == suggestion.threshold
     assert written["clip_rate_expected"] == suggestion.clip_rate
-    assert written["fared"]["clip_rate_over_the_run"] == suggestion.fared.clip_rate
-    assert "clip_rate" not in written | written["fared"]
+    assert written["backtest"]["clip_rate_over_the_run"] == suggestion.backtest.clip_rate
+    assert "clip_rate" not in written | written["backtest"]
 
 
 def test_long_records_take_little_time_and_memory():

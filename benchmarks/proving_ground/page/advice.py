@@ -73,7 +73,7 @@ def symptoms(found: Found) -> str:
         ),
         (
             "Some batches are broken",
-            "mend the data; a clip gains little",
+            "fix the data; a clip gains little",
             "; ".join(losses(x, "wrong labels", SAFEGUARD, NO_CLIP) for x in (momentum, adamw)),
         ),
         (
