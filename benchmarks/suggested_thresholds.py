@@ -35,7 +35,7 @@ from benchmarks import suggested_picture
 from benchmarks.parsing import Parser
 from benchmarks.suggested_runs import NO_CLIP, Runner, fixed
 from benchmarks.suggested_tasks import TASKS
-from optclip.tuning.plain import plain
+from optclip._tuning.plain import plain
 
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 THRESHOLDS = tuple(float(f"{x:.4g}") for x in np.geomspace(0.003, 30, 16))

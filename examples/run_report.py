@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from run_folder import Row, RunFolder, json_ready
 
-from optclip.tuning.findings import finding
-from optclip.tuning.plotting import plot_run
-from optclip.tuning.records import read
-from optclip.tuning.wording import percent
+from optclip._tuning.findings import finding
+from optclip._tuning.plotting import plot_run
+from optclip._tuning.records import read
+from optclip._tuning.wording import percent
 
 NOT_FINITE = "not finite"
 

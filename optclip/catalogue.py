@@ -11,6 +11,8 @@ import optax
 import optclip
 from optclip import limiters, norms, scopes, thresholds
 
+__all__ = ["Argument", "Method", "Paper", "methods", "named"]
+
 _PAPER = re.compile(
     r'(?P<authors>[^"]+), "(?P<title>[^"]+)", (?P<year>\d{4}), arXiv:(?P<number>\d{4}\.\d{4,5})'
 )

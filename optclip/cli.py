@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import optclip
-from optclip import commands
-from optclip.commands import Answer, UsageError
-from optclip.tuning.plain import plain
-from optclip.tuning.wording import LogError
+from optclip import _commands as commands
+from optclip._commands import Answer, UsageError
+from optclip._tuning.plain import plain
+from optclip._tuning.wording import LogError
 
 EXAMPLES = """\
 examples:

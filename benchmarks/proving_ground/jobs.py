@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.proving_ground import scores, training
 from benchmarks.proving_ground.contenders import Contender
 from benchmarks.proving_ground.task import Setting, Task
-from optclip.tuning.plain import plain
+from optclip._tuning.plain import plain
 
 RATES = tuple(10.0 ** (k / 2) for k in range(-3, 4))
 """Multiples of the best learning rate without a clip."""

@@ -15,7 +15,7 @@ from benchmarks.proving_ground import jobs, scores
 from benchmarks.proving_ground.contenders import NO_CLIP
 from benchmarks.proving_ground.running import Order, job
 from benchmarks.proving_ground.scores import Score
-from optclip.tuning.plain import plain
+from optclip._tuning.plain import plain
 
 FIXED, CUSTOMARY = "clip_by_global_norm", 1.0
 """The method that all others are compared with, and the threshold that most people take."""

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.proving_ground.reporting import Row, by_setting, reference
 from benchmarks.proving_ground.running import contenders
-from optclip.tuning.style import BLUE, INK, ORANGE
+from optclip._tuning.style import BLUE, INK, ORANGE
 
 MOST = 1.5
 """The ratio from which on the color does not change any more; its inverse on the other side."""

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from benchmarks.proving_ground import scores
 from benchmarks.proving_ground.contenders import NO_CLIP
 from benchmarks.proving_ground.reporting import FIXED, number
-from optclip.tuning.style import INK
+from optclip._tuning.style import INK
 
 BESIDE = (NO_CLIP, "autoclip", "zclip", "adagc", "robust_clip", "safeguard")
 """What is drawn as a column of its own; those that were run."""

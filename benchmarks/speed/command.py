@@ -18,8 +18,8 @@ from rich.progress import Progress
 from benchmarks.speed import contenders, gates, judging, machine, measuring, tables, trees
 from benchmarks.speed.contenders import Contender
 from benchmarks.speed.trees import Tree
+from optclip._tuning.plain import plain
 from optclip.cli import Parser
-from optclip.tuning.plain import plain
 
 PROGRAM = "python -m benchmarks"
 ROUNDS, QUICK_ROUNDS = 30, 10

@@ -4,15 +4,17 @@ The build itself runs every code cell and every claim in them: `python -m sphinx
 """
 
 import collections
+import importlib
 import importlib.util
 import inspect
 import pathlib
+import pkgutil
 import re
 
 import pytest
 
 import optclip
-from optclip import histograms, limiters, norms, scopes, thresholds, tuning
+from optclip import catalogue, histograms, limiters, norms, scopes, thresholds, tuning
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -68,7 +70,7 @@ def pieces(module, kind):
 def public_names():
     modules = {"histograms", "limiters", "norms", "scopes", "thresholds"}
     yield from (f"optclip.{name}" for name in optclip.__all__ if name not in modules)
-    for module in (thresholds, tuning):
+    for module in (thresholds, tuning, catalogue):
         yield from (f"{module.__name__}.{name}" for name in module.__all__)
     yield from pieces(norms, norms.Norm)
     yield from pieces(scopes, scopes.Scope)
@@ -92,6 +94,22 @@ def test_every_public_name_is_documented_once():
     assert public - set(documented) == set(), "no page has them"
     assert set(documented) - public == set(), "not public"
     assert [name for name, times in documented.items() if times > 1] == []
+
+
+def test_every_module_without_an_underscore_is_documented():
+    """By one of its own names, or as the command line."""
+    documented = {name for text in PAGES.values() for name in _DIRECTIVE.findall(text)}
+    modules = {m.name for m in pkgutil.walk_packages(optclip.__path__, "optclip.")}
+    public = {name for name in modules if not re.search(r"\._|\.cli$", name)}
+    assert {"optclip.clipping", "optclip.methods.fixed", "optclip.tuning"} < public
+    for name in public:
+        module = importlib.import_module(name)
+        own = {
+            f"optclip.{value}" if hasattr(optclip, value) else f"{parent}.{value}"
+            for value in vars(module)
+            for parent in (name, name.rpartition(".")[0])
+        }
+        assert own & documented, f"{name} is public, and no page has any of it"
 
 
 @each_page

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from optclip.tuning import records
+from optclip._tuning import records
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs/logging.md"
 READ = {"loss", "clip/norm", "clip/threshold", "clip/clip_rate", "clip/norms/w", "clip/norms/b"}

@@ -12,7 +12,8 @@ import pytest
 from helpers import registry
 
 import optclip
-from optclip import catalogue, commands
+from optclip import _commands as commands
+from optclip import catalogue
 from optclip.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -318,11 +319,11 @@ def test_what_the_extra_would_bring(run, log, monkeypatch):
         assert len(error.splitlines()) == 1
     assert run("methods", "--json")[0] == 0
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "optclip.tuning.panels", None)
-    monkeypatch.delattr(sys.modules["optclip.tuning"], "panels", raising=False)
+    monkeypatch.setitem(sys.modules, "optclip._tuning.panels", None)
+    monkeypatch.delattr(sys.modules["optclip._tuning"], "panels", raising=False)
     for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "optclip.tuning.panels")
+    monkeypatch.delitem(sys.modules, "optclip._tuning.panels")
     code, _, error = run("plot", log)
     assert (code, error) == (
         2,
@@ -334,13 +335,13 @@ def test_a_bug_is_no_bad_input(run, log, monkeypatch):
     def broken(*arguments):
         raise ValueError("setting an array element with a sequence")
 
-    monkeypatch.setattr("optclip.tuning.replay_methods.drive", broken)
+    monkeypatch.setattr("optclip._tuning.replay_methods.drive", broken)
     with pytest.raises(ValueError, match="array element"):
         run("replay", str(log), "--json")
 
 
 def test_the_kind_of_picture_is_found_out_first(run, log, monkeypatch):
-    monkeypatch.setattr("optclip.tuning.replaying.replay", lambda *_: pytest.fail("worked for it"))
+    monkeypatch.setattr("optclip._tuning.replaying.replay", lambda *_: pytest.fail("worked for it"))
     code, _, error = run("replay", str(log), "--json", "-o", "run.jpg")
     assert code == 2
     assert ".jpg is no picture" in error

@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from optclip.tuning.findings import SPIKE_TIMES, finding, look_at, usual_norm
-from optclip.tuning.leaves import MOST_COLUMNS, MOST_ROWS, binned, tabulate
-from optclip.tuning.plotting import plot_run
-from optclip.tuning.records import read
+from optclip._tuning.findings import SPIKE_TIMES, finding, look_at, usual_norm
+from optclip._tuning.leaves import MOST_COLUMNS, MOST_ROWS, binned, tabulate
+from optclip._tuning.plotting import plot_run
+from optclip._tuning.records import read
 
 
 def rows_of(norms, threshold=1.0, **columns):
@@ -383,10 +383,10 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "optclip.tuning.panels", raising=False)
-    import optclip.tuning
+    monkeypatch.delitem(sys.modules, "optclip._tuning.panels", raising=False)
+    import optclip._tuning
 
-    monkeypatch.delattr(optclip.tuning, "panels", raising=False)
+    monkeypatch.delattr(optclip._tuning, "panels", raising=False)
     with pytest.raises(ImportError, match=r'pip install "optclip\[tuning\]"'):
         plot_run([1.0, 2.0])
     assert finding([1.0, 2.0]).startswith("Norm from ")

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from optclip._tuning.findings import finding
+from optclip._tuning.records import read
 from optclip.tuning import suggest_threshold
-from optclip.tuning.findings import finding
-from optclip.tuning.records import read
 
 
 def noisy(count: int = 400) -> list[float]:

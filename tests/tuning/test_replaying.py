@@ -15,9 +15,10 @@ from helpers.registry import METHODS, WRAPPERS
 from matplotlib.figure import Figure
 
 import optclip
-from optclip.tuning import replay, replay_picture
-from optclip.tuning.findings import finding
-from optclip.tuning.replay_methods import NO_LEAVES, _by_leaf
+from optclip._tuning import replay_picture
+from optclip._tuning.findings import finding
+from optclip._tuning.replay_methods import NO_LEAVES, _by_leaf
+from optclip.tuning import replay
 
 METHOD = {method.name: method for method in METHODS + WRAPPERS}
 PUBLIC = sorted(METHOD)

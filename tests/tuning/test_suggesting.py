@@ -11,8 +11,8 @@ import pytest
 
 import optclip
 from optclip import histograms
+from optclip._tuning.records import read
 from optclip.tuning import suggest_threshold
-from optclip.tuning.records import read
 
 
 def noisy(count: int = 1000, noise: float = 0.2, seed: int = 0) -> np.ndarray:

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import optclip
-from optclip.tuning import Sweep, sweep, sweep_runs
+from optclip._tuning import sweep_runs
+from optclip.tuning import Sweep, sweep
 
 STEPS = 20
 THRESHOLDS = (0.03, 0.3, 3.0, np.inf)

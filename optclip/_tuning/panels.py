@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from optclip.tuning import leaves, ticks
-from optclip.tuning.findings import Findings
-from optclip.tuning.records import Record
-from optclip.tuning.style import BLUE, DARK, FEW_POINTS, GRAY, GREEN, ORANGE, PURPLE
-from optclip.tuning.wording import LogError
+from optclip._tuning import leaves, ticks
+from optclip._tuning.findings import Findings
+from optclip._tuning.records import Record
+from optclip._tuning.style import BLUE, DARK, FEW_POINTS, GRAY, GREEN, ORANGE, PURPLE
+from optclip._tuning.wording import LogError
 
 MOST_POINTS = 6000
 """Of a line; of longer ones the smallest and the largest value of every stretch are drawn."""

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from optclip.tuning import statistics
-from optclip.tuning.findings import SPIKE_TIMES
-from optclip.tuning.records import Record
-from optclip.tuning.replay_methods import Trace
-from optclip.tuning.suggesting import Suggestion
+from optclip._tuning import statistics
+from optclip._tuning.findings import SPIKE_TIMES
+from optclip._tuning.records import Record
+from optclip._tuning.replay_methods import Trace
+from optclip._tuning.suggesting import Suggestion
 
 RISE = 2.5
 """A lasting rise is one by this factor at least,"""

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optclip.tuning import sweep_runs
-from optclip.tuning.sweep_result import Sweep
-from optclip.tuning.sweep_runs import Batch, State, SweepSpec, kind
+from optclip._tuning import sweep_runs
+from optclip._tuning.sweep_result import Sweep
+from optclip._tuning.sweep_runs import Batch, State, SweepSpec, kind
 
 LAST = 0.1
 """Share of the steps at the end whose mean training loss is the final loss."""

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from optclip.tuning.records import LOSS_KEYS, Record
-from optclip.tuning.statistics import FEWEST, NormStatistics
-from optclip.tuning.wording import number, percent
+from optclip._tuning.records import LOSS_KEYS, Record
+from optclip._tuning.statistics import FEWEST, NormStatistics
+from optclip._tuning.wording import number, percent
 
 MANY_CLIPPED = 0.1
 """Share of clipped steps from which on the notes say that the run was clipped."""

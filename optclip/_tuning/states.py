@@ -9,11 +9,11 @@ import numpy as np
 
 from optclip import histograms
 from optclip._paths import array_in
+from optclip._tuning.wording import LogError
 from optclip.histograms import NormHistogram
 from optclip.methods.safeguard import SafeguardState
 from optclip.methods.skip_spikes import SkipState
 from optclip.state import ClipState
-from optclip.tuning.wording import LogError
 
 
 class HistogramCounts(NamedTuple):

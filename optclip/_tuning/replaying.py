@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from optclip.tuning import (
+from optclip._tuning import (
     replay_methods,
     replay_picture,
     replay_table,
     statistics,
 )
-from optclip.tuning.findings import look_at
-from optclip.tuning.plain import plain
-from optclip.tuning.records import Record, read
-from optclip.tuning.replay_rows import Replayed, in_steps, rise_of, row_of
-from optclip.tuning.states import counts_in
-from optclip.tuning.suggesting import suggest_threshold
-from optclip.tuning.wording import LogError
+from optclip._tuning.findings import look_at
+from optclip._tuning.plain import plain
+from optclip._tuning.records import Record, read
+from optclip._tuning.replay_rows import Replayed, in_steps, rise_of, row_of
+from optclip._tuning.states import counts_in
+from optclip._tuning.suggesting import suggest_threshold
+from optclip._tuning.wording import LogError
 
 PLAIN_WIDTH = 100
 """Letters in a line of a replay that is printed."""

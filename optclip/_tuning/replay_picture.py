@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from optclip.tuning.findings import SPIKE_TIMES, places
-from optclip.tuning.replay_rows import Replayed, Row
-from optclip.tuning.replay_table import without_norms
-from optclip.tuning.style import BLUE, FEW_POINTS, GRAY, INK, NEED_MATPLOTLIB
-from optclip.tuning.wording import LogError, number, percent, steps_taken, times
+from optclip._tuning.findings import SPIKE_TIMES, places
+from optclip._tuning.replay_rows import Replayed, Row
+from optclip._tuning.replay_table import without_norms
+from optclip._tuning.style import BLUE, FEW_POINTS, GRAY, INK, NEED_MATPLOTLIB
+from optclip._tuning.wording import LogError, number, percent, steps_taken, times
 
 WIDTH, PANEL, FOOT = 8.0, 1.75, 0.5
 """Inches: of the picture, of the height of a row of panels, and below them."""
@@ -99,7 +99,7 @@ def _note(replay: Replayed) -> str:
 def _panel(axes: Any, replay: Replayed, row: Row) -> None:
     from matplotlib import ticker
 
-    from optclip.tuning import ticks
+    from optclip._tuning import ticks
 
     record = replay.record
     norms = np.where(record.norms > 0, record.norms, np.nan)

@@ -3,9 +3,9 @@
 import os
 from typing import TYPE_CHECKING, Any
 
-from optclip.tuning.findings import look_at
-from optclip.tuning.records import Record, read
-from optclip.tuning.style import NEED_MATPLOTLIB
+from optclip._tuning.findings import look_at
+from optclip._tuning.records import Record, read
+from optclip._tuning.style import NEED_MATPLOTLIB
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +45,7 @@ def plot_run(
         ValueError: If the source has neither norms nor a loss, with one line that says what to do.
 
     Example:
-        >>> from optclip.tuning.plotting import plot_run
+        >>> from optclip._tuning.plotting import plot_run
         >>> log = {"clip/norm": [0.5, 2.0], "clip/threshold": [1.0, 1.0], "loss": [0.8, 0.25]}
         >>> plot_run(log).get_suptitle()
         '50% of 2 steps clipped; loss 0.25 at the end'
@@ -53,7 +53,7 @@ def plot_run(
     record = read(source, norm_key, loss_will_do=True)
     findings = look_at(record)
     try:
-        from optclip.tuning import panels
+        from optclip._tuning import panels
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise

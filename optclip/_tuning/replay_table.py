@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from optclip.tuning.replay_rows import OPEN_LOOP, Replayed
-from optclip.tuning.wording import number, percent, steps_taken, times
+from optclip._tuning.replay_rows import OPEN_LOOP, Replayed
+from optclip._tuning.wording import number, percent, steps_taken, times
 
 NOTHING = "-"
 """What stands where there is nothing to say; a column of nothing else is left out."""

@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optclip.tuning import statistics, suggestion_text
-from optclip.tuning.findings import SPIKE_DEVIATIONS, SPIKE_TIMES, look_at
-from optclip.tuning.plain import plain
-from optclip.tuning.records import Record, read
-from optclip.tuning.states import HistogramCounts, counts_in
-from optclip.tuning.statistics import NormStatistics, Sample
-from optclip.tuning.suggestion_text import Backtest
-from optclip.tuning.wording import LogError
+from optclip._tuning import statistics, suggestion_text
+from optclip._tuning.findings import SPIKE_DEVIATIONS, SPIKE_TIMES, look_at
+from optclip._tuning.plain import plain
+from optclip._tuning.records import Record, read
+from optclip._tuning.states import HistogramCounts, counts_in
+from optclip._tuning.statistics import NormStatistics, Sample
+from optclip._tuning.suggestion_text import Backtest
+from optclip._tuning.wording import LogError
 
 DEVIATIONS = 2.0
 """How many deviations of the log norm the threshold lies above the level."""

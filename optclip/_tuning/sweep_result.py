@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optclip.tuning.plain import plain
-from optclip.tuning.style import BLUE, GREEN, NEED_MATPLOTLIB, ORANGE
-from optclip.tuning.wording import percent
+from optclip._tuning.plain import plain
+from optclip._tuning.style import BLUE, GREEN, NEED_MATPLOTLIB, ORANGE
+from optclip._tuning.wording import percent
 
 GRAY = "#666666"  # darker than that of the other pictures: here it is the ink of words
 

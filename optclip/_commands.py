@@ -12,8 +12,8 @@ from shutil import get_terminal_size
 from typing import Any, NamedTuple
 
 import optclip
-from optclip.tuning.records import Record, read
-from optclip.tuning.wording import LogError
+from optclip._tuning.records import Record, read
+from optclip._tuning.wording import LogError
 
 PICTURES = (".png", ".svg", ".pdf")
 WITHOUT_TERMINAL = 120  # letters in a line, where nothing says how many there are room for
@@ -37,7 +37,7 @@ class Answer(NamedTuple):
 
 def suggest(options: argparse.Namespace) -> Answer:
     """`optclip suggest`."""
-    from optclip.tuning.suggesting import suggest_threshold
+    from optclip._tuning.suggesting import suggest_threshold
 
     suggestion = suggest_threshold(_record(options))
     return Answer((_filled(str(suggestion)),), suggestion.to_dict())
@@ -45,7 +45,7 @@ def suggest(options: argparse.Namespace) -> Answer:
 
 def replay(options: argparse.Namespace) -> Answer:
     """`optclip replay`."""
-    from optclip.tuning import replaying
+    from optclip._tuning import replaying
 
     if not options.json:
         _need_rich()
@@ -70,8 +70,8 @@ def replay(options: argparse.Namespace) -> Answer:
 
 def plot(options: argparse.Namespace) -> Answer:
     """`optclip plot`."""
-    from optclip.tuning.findings import finding
-    from optclip.tuning.plotting import plot_run
+    from optclip._tuning.findings import finding
+    from optclip._tuning.plotting import plot_run
 
     out = _writable(options.out)
     record = _record(options, loss_will_do=True)

@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optclip.tuning import statistics
-from optclip.tuning.records import LOSS_KEYS, Record, read
-from optclip.tuning.wording import number, percent
+from optclip._tuning import statistics
+from optclip._tuning.records import LOSS_KEYS, Record, read
+from optclip._tuning.wording import number, percent
 
 SPIKE_TIMES = 5.0
 """A spike's norm is at least so many times the usual one,"""

@@ -11,10 +11,10 @@ import optax
 
 import optclip
 from optclip import catalogue
+from optclip._tuning import statistics, suggestion_text
+from optclip._tuning.records import Record
+from optclip._tuning.wording import LogError, number
 from optclip.clipping import NO_PARAMS_MSG
-from optclip.tuning import statistics, suggestion_text
-from optclip.tuning.records import Record
-from optclip.tuning.wording import LogError, number
 
 FIXED = "clip_by_global_norm"
 """What stands beside the methods that learn, with the threshold that was suggested."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from optclip.tuning.wording import LogError
+from optclip._tuning.wording import LogError
 
 LEAST_WHOLE = 0.5
 """A file of which less than this share of the lines is JSON objects is no log."""

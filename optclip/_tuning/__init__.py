@@ -1,0 +1,1 @@
+"""What `optclip.tuning` is made of: reading logs, statistics, and what is shown of them."""
