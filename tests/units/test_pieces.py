@@ -5,10 +5,12 @@ itself, and the functions for it are traced once for all leaves that are alike.
 """
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optclip
@@ -79,3 +81,37 @@ def test_spam_reads_a_number_where_entry_and_bound_are_0(later):
     assert updates.tolist() == [0, 0, 0]
     assert float(state.clipped_norm) == 0
     assert float(state.factor) == (0 if any(later) else 1)
+
+
+COMPUTATIONS = {"clip_by_leaf_norm": 52, "clip_by_block_rms": 52, "adaptive_grad_clip": 66}
+"""How many different ones a step of SGD may have, on the CPU, with every jax that is supported."""
+
+
+@pytest.mark.parametrize("name", COMPUTATIONS)
+def test_leaves_that_are_alike_share_what_is_compiled(name):
+    """A computation of its own for every leaf would take XLA as long as all leaves together."""
+    clip = {
+        "clip_by_leaf_norm": optclip.clip_by_leaf_norm(1.0),
+        "clip_by_block_rms": optclip.clip_by_block_rms(1.0),
+        "adaptive_grad_clip": optclip.adaptive_grad_clip(0.01),
+    }[name]
+    few, many = different_computations(clip, 10), different_computations(clip, 50)
+    assert many < few + 10  # Eighty leaves more.
+    assert many <= COMPUTATIONS[name]
+
+
+def different_computations(clip, layers):
+    """Of a compiled step of SGD on that many matrices and vectors."""
+    layer = {"kernel": jnp.zeros((16, 16)), "bias": jnp.zeros(16)}
+    params = {f"layer_{place}": layer for place in range(layers)}
+    optimizer = optax.chain(clip, optax.sgd(0.1))
+
+    def step(gradient, state, params):
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(step).lower(params, optimizer.init(params), params).compile()
+    bodies = re.findall(r"^%?[\w.-]+ \(.*?\{\n(.*?)^\}", compiled.as_text(), re.M | re.S)
+    return len(
+        {re.sub(r", metadata=\{.*?\}|[\w-]+\.\d+", "", body).replace("%", "") for body in bodies}
+    )
