@@ -3,7 +3,7 @@
 Nothing here calls optclip or jax. An oracle's `step` takes the norm of one ordinary gradient (not
 zero, every entry finite) and answers with the threshold and the norm after clipping; steps that
 teach nothing are not shown to it. The defaults are the papers'. Clips of single entries, clips
-relative to the parameters and the wrappers of optimizers are in `rowwise.py`.
+relative to the parameters and the wrappers of optimizers are in `methods.py` and `wrappers.py`.
 """
 
 import math

@@ -68,12 +68,22 @@ class Clippy(Clip):
 
 
 class Spam(EntryClip):
-    """sign(u) min(|u|, sqrt(theta v)), v an average of the clipped u^2 (arXiv:2501.06842)."""
+    """sign(u) min(|u|, sqrt(theta v)), v an average of the clipped u^2 (arXiv:2501.06842).
 
-    def __init__(self, threshold: float = 5000.0, decay: float = 0.999, warmup_steps: float = 20):
+    v starts at 0, and an entry whose v is 0 is not clipped; nor is any in the first steps. With
+    "raw" v learns from u as it came.
+    """
+
+    def __init__(
+        self,
+        threshold: float = 5000.0,
+        decay: float = 0.999,
+        warmup_steps: float = 20,
+        learn_from: str = "clipped",
+    ):
         super().__init__()
         self.theta, self.decay, self.warmup_steps = threshold, decay, warmup_steps
-        self.steps, self.moments = 0, {}
+        self.learn_from, self.steps, self.moments = learn_from, 0, {}
 
     def bounds(self, sizes: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
         bounds = {}
@@ -81,7 +91,7 @@ class Spam(EntryClip):
             v = self.moments.get(place, np.zeros(size.shape))
             acting = (v > 0) & (self.steps >= self.warmup_steps)
             bounds[place] = np.where(acting, np.sqrt(self.theta * v), np.inf)
-            seen = np.minimum(size, bounds[place])
+            seen = size if self.learn_from == "raw" else np.minimum(size, bounds[place])
             self.moments[place] = self.decay * v + (1 - self.decay) * seen**2
         self.steps += 1
         return bounds

@@ -19,7 +19,7 @@ from helpers.streams import (
 )
 
 import optclip
-from oracles import rowwise
+from oracles import wrappers
 
 
 def skipping(**arguments):
@@ -35,7 +35,7 @@ def share_skipped(rows, setting, window=128, losses=None):
     extra = {} if losses is None else {"loss": losses}
     finite = np.isfinite(np.sum([rows.sum(axis=1), *extra.values()], axis=0))
     result = run(skipping, rows, setting, {"window": window}, **extra)
-    oracle = oracle_of(rowwise.SkipSpikes, rowwise.Momentum(), **setting, window=window)
+    oracle = oracle_of(wrappers.SkipSpikes, wrappers.Momentum(), **setting, window=window)
     given = zip(*(x[finite].astype(np.float64) for x in (rows, *extra.values())), strict=True)
     thresholds, updates = zip(*(oracle.step(*x) for x in given), strict=True)
     assert_close(result.readings["skip/threshold"][finite], thresholds, f"threshold, {setting}")
@@ -110,7 +110,7 @@ def test_safeguard_is_its_three_parts(setting, stream):
     rows, params = gradients_of(STREAMS[stream]), moving_parameters()
     finite = np.all(np.isfinite(rows), axis=1)
     result = run(guarding, rows, setting, params=params)
-    oracle = oracle_of(rowwise.Safeguard, rowwise.Momentum(), **setting)
+    oracle = oracle_of(wrappers.Safeguard, wrappers.Momentum(), **setting)
     pairs = zip(rows[finite].astype(float), params[finite].astype(float), strict=True)
     before, after, updates = zip(*(oracle.step(g, w) for g, w in pairs), strict=True)
     learned = teaches(rows)

@@ -1,8 +1,7 @@
-"""Clips of entries, clips relative to the parameters, and wrappers of optimizers, in float64.
+"""The wrappers of optimizers, in float64.
 
-Nothing here calls optclip or jax. Gradients, updates and parameters are lists of arrays, one for
-each tensor, or one flat array where nothing depends on the tensors. As in `learned.py`,
-steps that teach nothing are not shown to an oracle.
+Nothing here calls optclip. A gradient, an update and the parameters are one flat array each. As in
+`learned.py`, steps that teach nothing are not shown to an oracle.
 """
 
 import math
@@ -11,61 +10,7 @@ from collections import deque
 import numpy as np
 
 from oracles.learned import Robust
-
-
-class Spam:
-    """sign(g) sqrt(theta v) where g^2 > theta v; v learns from the clipped g (arXiv:2501.06842).
-
-    v starts at 0, and an entry whose v is 0 is not clipped; nor is any in the first steps. One
-    flat gradient. With "raw" v learns from g as it came.
-    """
-
-    def __init__(self, threshold=5000.0, decay=0.999, warmup_steps=20, learn_from="clipped"):
-        self.theta, self.decay, self.warmup_steps = threshold, decay, warmup_steps
-        self.learn_from, self.steps, self.v = learn_from, 0, 0.0
-
-    def step(self, gradient):
-        """The smallest bound of an entry, and the clipped gradient."""
-        v = np.broadcast_to(self.v, gradient.shape)
-        acting = (v > 0) & (self.steps >= self.warmup_steps)
-        bound = np.where(acting, np.sqrt(self.theta * v), np.inf)
-        clipped = np.sign(gradient) * np.minimum(np.abs(gradient), bound)
-        seen = gradient if self.learn_from == "raw" else clipped
-        self.v = self.decay * v + (1 - self.decay) * seen**2
-        self.steps += 1
-        return bound.min(), clipped
-
-
-class Clippy:
-    """Each tensor times min(1, min_i (rho |w_i| + alpha) / |u_i|) (arXiv:2302.09178)."""
-
-    def __init__(self, relative=0.1, absolute=1e-7):
-        self.relative, self.absolute = relative, absolute
-
-    def step(self, updates, params):
-        """The tightest factor, and the clipped tensors."""
-        factors = []
-        for u, w in zip(updates, params, strict=True):
-            moving = u != 0
-            bounds = self.relative * np.abs(w[moving]) + self.absolute
-            factors.append(np.min(bounds / np.abs(u[moving]), initial=1.0))
-        return min(factors), [f * u for f, u in zip(factors, updates, strict=True)]
-
-
-class ParamNorm:
-    """|u| <= ratio max(|w|, eps sqrt(size)); one flat update."""
-
-    def __init__(self, ratio, eps=1e-3):
-        self.ratio, self.eps = ratio, eps
-
-    def allowed(self, params):
-        """The norm of the parameters, or the floor under it."""
-        return max(np.linalg.norm(params), self.eps * math.sqrt(params.size))
-
-    def step(self, update, params):
-        """The threshold and the bounded update."""
-        threshold, norm = self.ratio * self.allowed(params), np.linalg.norm(update)
-        return threshold, update * (threshold / norm if norm > threshold else 1.0)
+from oracles.methods import clip_by_param_norm
 
 
 class Momentum:
@@ -140,12 +85,12 @@ class Safeguard:
     """The robust clip, an optimizer, and the bound relative to the parameters, in this order."""
 
     def __init__(self, inner, deviations=2.0, ratio=0.01):
-        self.inner, self.clip, self.bound = inner, Robust(deviations), ParamNorm(ratio)
+        self.inner, self.clip, self.bound = inner, Robust(deviations), clip_by_param_norm(ratio)
 
     def step(self, gradient, params):
         """The thresholds before and after the optimizer, and the update."""
         norm = float(np.linalg.norm(gradient))
         before, applied = self.clip.step(norm) if norm > 0 else (math.nan, 0.0)
         update = self.inner.step(gradient * (applied / norm if norm > 0 else 1.0))
-        after, update = self.bound.step(update, params)
-        return before, after, update
+        bounded = self.bound.step(update, params)
+        return before, bounded.thresholds[0], bounded.updates
