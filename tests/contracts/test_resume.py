@@ -5,7 +5,14 @@ import jax
 import optax
 import orbax.checkpoint
 import pytest
-from helpers.samples import ALL_METHODS, assert_same, detailed, gradient, parameters, quick_jit
+from helpers.samples import (
+    ALL_METHODS,
+    assert_same,
+    detailed,
+    gradient,
+    quick_jit,
+    sample_parameters,
+)
 
 
 def with_orbax(state, fresh, folder):
@@ -43,7 +50,7 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(method, tmp_path):
         return params, state
 
     def fresh():
-        return parameters("mixed"), optimizer.init(parameters("mixed"))
+        return sample_parameters("mixed"), optimizer.init(sample_parameters("mixed"))
 
     whole, halfway = run(range(20), *fresh()), run(range(10), *fresh())
     for save_and_restore in (with_orbax, with_flax):

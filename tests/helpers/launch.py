@@ -21,7 +21,9 @@ LIMIT = 90
 """Seconds for a run, which takes about five where nothing else runs."""
 
 
-def run(processes: int, out: Path, *arguments: object, kill: tuple[int, int] | None = None) -> None:
+def run_processes(
+    processes: int, out: Path, *arguments: object, kill: tuple[int, int] | None = None
+) -> None:
     """Runs the workers until all are done or one has failed, and kills those that are left.
 
     Args:

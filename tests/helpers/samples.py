@@ -92,7 +92,7 @@ def gradient(kind: str = "float32", seed: int = 0, scale: float = 1.0) -> Any:
     return jax.tree.unflatten(structure, leaves)
 
 
-def parameters(kind: str = "float32") -> Any:
+def sample_parameters(kind: str = "float32") -> Any:
     """Parameters that fit `gradient`."""
     return gradient(kind, seed=1000)
 

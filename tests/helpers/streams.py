@@ -141,7 +141,7 @@ def _program(build: Callable[..., Any], static: tuple[tuple[str, Any], ...]) -> 
     return quick_jit(run)
 
 
-def run(
+def run_stream(
     build: Callable[..., Any],
     rows: np.ndarray,
     arguments: dict[str, float],
@@ -166,7 +166,7 @@ def run(
     return Run(rows_of(updates), {name: np.asarray(x) for name, x in readings.items()})
 
 
-def oracle_of(oracle: Callable[..., Any], *inner: Any, **arguments: Any) -> Any:
+def float32_oracle(oracle: Callable[..., Any], *inner: Any, **arguments: Any) -> Any:
     """An oracle with the numbers that its clip works with, which are float32.
 
     0.9 is 2e-8 less there, and the logarithm of a quantile's threshold adds that up.
@@ -196,7 +196,7 @@ def deviation(actual: Any, expected: Any) -> float:
     return float(np.max(np.where(np.isnan(apart), np.inf, apart), initial=0.0))
 
 
-def assert_close(actual: Any, expected: Any, what: str) -> None:
+def assert_run_close(actual: Any, expected: Any, what: str) -> None:
     """No relative deviation is above 1e-5."""
     apart = deviation(actual, expected)
     assert apart <= CLOSE, f"{what} off by {apart:.1e}"

@@ -10,10 +10,10 @@ from helpers.streams import (
     CLOSE,
     STREAMS,
     deviation,
+    float32_oracle,
     gradients_of,
     norms_of_rows,
-    oracle_of,
-    run,
+    run_stream,
     teaches,
 )
 
@@ -157,8 +157,8 @@ RUNS = [pytest.param(case, x, id=f"{case}-{x}") for case in CASES for x in case.
 def deviations_of(case: Case, setting: dict[str, float], stream: str) -> tuple[float, float]:
     """The largest deviations of a threshold and of an applied norm over a stream."""
     rows = gradients_of(STREAMS[stream])
-    seen, result = teaches(rows), run(case.clip, rows, setting, case.static)
-    oracle = oracle_of(case.oracle, **setting, **case.static)
+    seen, result = teaches(rows), run_stream(case.clip, rows, setting, case.static)
+    oracle = float32_oracle(case.oracle, **setting, **case.static)
     right = np.array([oracle.step(norm) for norm in norms_of_rows(rows[seen])])
     # Steps that teach nothing are handed on as they are.
     np.testing.assert_array_equal(result.updates[~seen], rows[~seen])

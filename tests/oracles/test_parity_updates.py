@@ -9,13 +9,13 @@ from helpers.streams import (
     SIZE,
     STEPS,
     Stream,
-    assert_close,
+    assert_run_close,
+    float32_oracle,
     leaves_of,
     moving_parameters,
     norms_of,
     norms_of_rows,
-    oracle_of,
-    run,
+    run_stream,
     with_holes,
 )
 
@@ -59,15 +59,15 @@ def test_adagc_is_the_papers_leaf_by_leaf(static, settings, holes, strict):
     finite, zero = np.all(np.isfinite(rows), axis=1), np.all(rows == 0, axis=1)
     norms = np.stack([norms_of_rows(leaf) for leaf in leaves_of(rows)], axis=1)
     for setting in settings:
-        result = run(optclip.adagc, rows, setting, static)
-        oracle = oracle_of(learned.AdaGC, **setting, **static)
+        result = run_stream(optclip.adagc, rows, setting, static)
+        oracle = float32_oracle(learned.AdaGC, **setting, **static)
         # The paper's step counts whatever the gradient: one of zeros too.
         right = np.array([oracle.step(list(row)) for row in norms[finite]])
         applied = np.stack([norms_of_rows(x) for x in leaves_of(result.updates)], axis=1)
         shown = finite & ~zero
         limits = np.min(right[:, 0], axis=1)[~zero[finite]]
-        assert_close(result.readings["clip/threshold"][shown], limits, f"threshold, {setting}")
-        assert_close(applied[finite], right[:, 1], f"applied norms, {setting}")
+        assert_run_close(result.readings["clip/threshold"][shown], limits, f"threshold, {setting}")
+        assert_run_close(applied[finite], right[:, 1], f"applied norms, {setting}")
         np.testing.assert_array_equal(result.updates[~finite], rows[~finite])
 
 
@@ -95,21 +95,21 @@ def test_spam_is_the_papers_entry_by_entry(source, scale, strict):
         {"threshold": 50.0, "decay": 0.9, "warmup_steps": 0},
         {"threshold": 1000.0, "decay": 0.99, "warmup_steps": 1},
     ):
-        result = run(optclip.spam_clip, rows, setting, {"learn_from": source})
-        oracle = oracle_of(methods.Spam, **setting, learn_from=source)
+        result = run_stream(optclip.spam_clip, rows, setting, {"learn_from": source})
+        oracle = float32_oracle(methods.Spam, **setting, learn_from=source)
         right = [oracle.step(row) for row in rows[finite].astype(np.float64)]
         bounds, clipped = [x.thresholds[0] for x in right], [x.updates for x in right]
         assert np.any(np.abs(clipped) < np.abs(rows[finite]))
-        assert_close(result.updates[finite], clipped, f"entries, {setting}")
-        assert_close(result.readings["clip/threshold"][finite], bounds, f"bound, {setting}")
+        assert_run_close(result.updates[finite], clipped, f"entries, {setting}")
+        assert_run_close(result.readings["clip/threshold"][finite], bounds, f"bound, {setting}")
         np.testing.assert_array_equal(result.updates[~finite], rows[~finite])
 
 
 def test_spams_defaults_are_the_papers():
     rows = entrywise(1.0, ())
-    oracle = oracle_of(methods.Spam)
+    oracle = float32_oracle(methods.Spam)
     right = [oracle.step(row).updates for row in rows.astype(np.float64)]
-    assert_close(run(optclip.spam_clip, rows, {}).updates, right, "entries")
+    assert_run_close(run_stream(optclip.spam_clip, rows, {}).updates, right, "entries")
 
 
 # Relative to the parameters
@@ -128,14 +128,14 @@ def updates_of(scale, holes=LATER):
 def test_clippy_is_the_papers_tensor_by_tensor(setting, strict):
     rows, params = updates_of(1.0), moving_parameters()
     finite = np.all(np.isfinite(rows), axis=1)
-    result = run(optclip.clippy, rows, setting, params=params)
-    oracle = oracle_of(methods.Clippy, **setting)
+    result = run_stream(optclip.clippy, rows, setting, params=params)
+    oracle = float32_oracle(methods.Clippy, **setting)
     pairs = zip(rows[finite].astype(float), params[finite].astype(float), strict=True)
     right = [oracle.step(leaves_of(u), leaves_of(w)) for u, w in pairs]
     factors, tensors = [min(x.factors) for x in right], [x.updates for x in right]
     assert 0.05 < np.mean(np.array(factors) < 1) < 0.999
-    assert_close(result.updates[finite], [np.concatenate(x) for x in tensors], "entries")
-    assert_close(result.readings["clip/factor"][finite], factors, "factor")
+    assert_run_close(result.updates[finite], [np.concatenate(x) for x in tensors], "entries")
+    assert_run_close(result.readings["clip/factor"][finite], factors, "factor")
     np.testing.assert_array_equal(result.updates[~finite], rows[~finite])
 
 
@@ -169,11 +169,11 @@ def test_clippy_without_a_bound_moves_parameters_of_zero_too():
 def test_clip_by_param_norm_is_its_formula(setting, strict):
     rows, params = updates_of(1.0), moving_parameters()
     finite = np.all(np.isfinite(rows), axis=1)
-    result = run(optclip.clip_by_param_norm, rows, setting, params=params)
-    oracle = oracle_of(methods.clip_by_param_norm, **setting)
+    result = run_stream(optclip.clip_by_param_norm, rows, setting, params=params)
+    oracle = float32_oracle(methods.clip_by_param_norm, **setting)
     pairs = zip(rows[finite].astype(float), params[finite].astype(float), strict=True)
     right = [oracle.step(u, w) for u, w in pairs]
     limits = [x.thresholds[0] for x in right]
-    assert_close(result.readings["clip/threshold"][finite], limits, "threshold")
-    assert_close(result.updates[finite], [x.updates for x in right], "entries")
+    assert_run_close(result.readings["clip/threshold"][finite], limits, "threshold")
+    assert_run_close(result.updates[finite], [x.updates for x in right], "entries")
     np.testing.assert_array_equal(result.updates[~finite], rows[~finite])

@@ -8,13 +8,13 @@ from helpers.streams import (
     STEPS,
     STREAMS,
     Stream,
-    assert_close,
+    assert_run_close,
+    float32_oracle,
     gradients_of,
     moving_parameters,
     norms_of,
     norms_of_rows,
-    oracle_of,
-    run,
+    run_stream,
     teaches,
 )
 
@@ -34,12 +34,12 @@ def share_skipped(rows, setting, window=128, losses=None):
     """The share of finite steps skipped, once thresholds and updates are found to be right."""
     extra = {} if losses is None else {"loss": losses}
     finite = np.isfinite(np.sum([rows.sum(axis=1), *extra.values()], axis=0))
-    result = run(skipping, rows, setting, {"window": window}, **extra)
-    oracle = oracle_of(wrappers.SkipSpikes, wrappers.Momentum(), **setting, window=window)
+    result = run_stream(skipping, rows, setting, {"window": window}, **extra)
+    oracle = float32_oracle(wrappers.SkipSpikes, wrappers.Momentum(), **setting, window=window)
     given = zip(*(x[finite].astype(np.float64) for x in (rows, *extra.values())), strict=True)
     thresholds, updates = zip(*(oracle.step(*x) for x in given), strict=True)
-    assert_close(result.readings["skip/threshold"][finite], thresholds, f"threshold, {setting}")
-    assert_close(result.updates[finite], updates, f"updates, {setting}")
+    assert_run_close(result.readings["skip/threshold"][finite], thresholds, f"threshold, {setting}")
+    assert_run_close(result.updates[finite], updates, f"updates, {setting}")
     assert not np.any(result.updates[~finite])
     skipped = result.readings["skip/skipping"]
     np.testing.assert_array_equal(result.readings["skip/skipped_steps"], np.cumsum(skipped))
@@ -81,7 +81,7 @@ def test_skip_spikes_keeps_its_patience_however_many_spikes_there_are():
     norms = np.exp(0.1 * np.random.default_rng(13).normal(size=STEPS))
     norms[150:300] *= 1000
     norms[150:300:15] /= 1000  # Never twenty spikes in a row.
-    readings = run(skipping, rows_with(norms), {}, {"window": 128}).readings
+    readings = run_stream(skipping, rows_with(norms), {}, {"window": 128}).readings
     np.testing.assert_array_equal(readings["skip/skipping"], norms > 100)
 
 
@@ -89,7 +89,7 @@ def test_skip_spikes_keeps_its_patience_however_many_spikes_there_are():
 def test_skip_spikes_waits_longer_than_its_window_where_it_is_told_to(patience):
     rows = rows_with(np.where(np.arange(STEPS) < 200, 1.0, 1000.0))
     setting = {"deviations": 6.0, "patience": patience}
-    readings = run(skipping, rows, setting, {"window": 100}).readings
+    readings = run_stream(skipping, rows, setting, {"window": 100}).readings
     waited = int(min(patience - 1, STEPS - 200))
     assert np.all(readings["skip/skipping"][200 : 200 + waited])
     assert readings["skip/skipped_steps"][-1] == waited
@@ -98,7 +98,7 @@ def test_skip_spikes_waits_longer_than_its_window_where_it_is_told_to(patience):
 def test_skip_spikes_learns_nothing_from_gradients_of_zeros():
     norms = np.ones(STEPS)
     norms[60:1500] = 0
-    readings = run(skipping, rows_with(norms), {}, {"window": 128}).readings
+    readings = run_stream(skipping, rows_with(norms), {}, {"window": 128}).readings
     assert not np.any(readings["skip/skipping"])
 
 
@@ -109,26 +109,26 @@ def test_skip_spikes_learns_nothing_from_gradients_of_zeros():
 def test_safeguard_is_its_three_parts(setting, stream):
     rows, params = gradients_of(STREAMS[stream]), moving_parameters()
     finite = np.all(np.isfinite(rows), axis=1)
-    result = run(guarding, rows, setting, params=params)
-    oracle = oracle_of(wrappers.Safeguard, wrappers.Momentum(), **setting)
+    result = run_stream(guarding, rows, setting, params=params)
+    oracle = float32_oracle(wrappers.Safeguard, wrappers.Momentum(), **setting)
     pairs = zip(rows[finite].astype(float), params[finite].astype(float), strict=True)
     before, after, updates = zip(*(oracle.step(g, w) for g, w in pairs), strict=True)
     learned = teaches(rows)
     thresholds = np.asarray(before)[learned[finite]]
-    assert_close(result.readings["clip/threshold"][learned], thresholds, "threshold before")
-    assert_close(result.readings["bound/threshold"][finite], after, "threshold after")
-    assert_close(result.updates[finite], updates, "updates")
+    assert_run_close(result.readings["clip/threshold"][learned], thresholds, "threshold before")
+    assert_run_close(result.readings["bound/threshold"][finite], after, "threshold after")
+    assert_run_close(result.updates[finite], updates, "updates")
     assert not np.any(result.updates[~finite])
     ratios = norms_of_rows(updates) / (np.asarray(after) / setting.get("ratio", 0.01))
-    assert_close(result.readings["bound/update_ratio"][finite], ratios, "ratio")
+    assert_run_close(result.readings["bound/update_ratio"][finite], ratios, "ratio")
     assert result.readings["skip/skipped_steps"][-1] == np.sum(~finite) > 0
 
 
 @pytest.mark.parametrize("ratio", [0.0, np.inf])
 def test_safeguard_reads_a_ratio_with_the_bound_shut_or_off(ratio):
     rows, params = gradients_of(STREAMS["constant"]), moving_parameters()
-    result = run(guarding, rows, {"deviations": 2.0, "ratio": ratio}, params=params)
+    result = run_stream(guarding, rows, {"deviations": 2.0, "ratio": ratio}, params=params)
     seen, lengths = teaches(rows), np.maximum(norms_of_rows(params), 1e-3 * np.sqrt(SIZE))
     right = norms_of_rows(result.updates) / lengths
     assert np.all((right[seen] > 0) == (ratio > 0))
-    assert_close(result.readings["bound/update_ratio"], right, "ratio")
+    assert_run_close(result.readings["bound/update_ratio"], right, "ratio")

@@ -14,12 +14,12 @@ from helpers.streams import (
     SIZE,
     STEPS,
     Stream,
-    assert_close,
+    assert_run_close,
     deviation,
     gradients_of,
     leaves_of,
     norms_of,
-    run,
+    run_stream,
 )
 
 import optclip
@@ -79,7 +79,7 @@ def assert_same(result, applied, rows):
     """The same entries at every step, in a run in which some are clipped and some are not."""
     assert 0.001 < np.mean(np.abs(applied) < np.abs(rows) * (1 - 1e-4)) < 0.999
     print(f"deviation {deviation(result.updates, applied):.1e}")
-    assert_close(result.updates, applied, "entries")
+    assert_run_close(result.updates, applied, "entries")
 
 
 @each_noise
@@ -92,7 +92,7 @@ def test_torch_clip_grad_norm(ord, noise):
     def step():  # It divides by the norm + 1e-6.
         torch.nn.utils.clip_grad_norm_(model.module, 1.2, norm_type=ord)
 
-    result = run(optclip.clip_by_global_norm, rows, {"max_norm": 1.2}, {"ord": ord})
+    result = run_stream(optclip.clip_by_global_norm, rows, {"max_norm": 1.2}, {"ord": ord})
     assert_same(result, model.applied(rows, step), rows)
 
 
@@ -111,7 +111,7 @@ def test_zclip(variant, options, noise):
     # By default the package also clips to norm 1.
     peer, model = ZClip(alpha=single(0.97), max_grad_norm=None, **options), Model()
     rows = run_of(noise)
-    result = run(optclip.zclip, rows, {}, {"variant": variant})
+    result = run_stream(optclip.zclip, rows, {}, {"variant": variant})
     applied = model.applied(rows, lambda: peer.step(model.module))
     assert_same(result, applied, rows)
 
@@ -148,7 +148,9 @@ def test_autoclip_of_the_past(quantile, window, noise):
         history_length=window,
         global_threshold=True,
     )
-    result = run(clip_by_past_quantile, rows, {"percentile": 100 * quantile}, {"window": window})
+    result = run_stream(
+        clip_by_past_quantile, rows, {"percentile": 100 * quantile}, {"window": window}
+    )
     assert_same(result, model.applied(rows, peer.step), rows)
 
 
@@ -175,7 +177,7 @@ def test_adagc(setting, noise):
         weight_decay=0.0,
     )
     applied = model.applied(rows, peer.step, lambda x: peer.state[x]["exp_avg"])
-    assert_same(run(optclip.adagc, rows, setting), applied, rows)
+    assert_same(run_stream(optclip.adagc, rows, setting), applied, rows)
 
 
 @pytest.mark.parametrize("theta", [5000.0, 50.0])
@@ -195,5 +197,5 @@ def test_spam(theta):
         threshold=theta,
         update_proj_gap=10**9,
     )
-    result = run(optclip.spam_clip, rows, {"threshold": theta, "warmup_steps": 19})
+    result = run_stream(optclip.spam_clip, rows, {"threshold": theta, "warmup_steps": 19})
     assert_same(result, model.applied(rows, peer.step), rows)

@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from helpers.launch import run
+from helpers.launch import run_processes
 
 pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="kills process groups"),
@@ -41,7 +41,7 @@ def start(tmp_path_factory):
         checkpoints = (continued or out) / "checkpoints"
         shared = ["--batches", batches, "--checkpoints", checkpoints]
         shared += ["--checkpoint-after", CHECKPOINT, *arguments]
-        run(processes, out, *shared, kill=kill)
+        run_processes(processes, out, *shared, kill=kill)
         return out
 
     return start
