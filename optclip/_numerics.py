@@ -34,15 +34,28 @@ def widened(x: jax.Array, dtype: np.dtype | None = None) -> jax.Array:
     return x if x.dtype == wide else x.astype(wide)
 
 
-def unshared(arrays: list[jax.Array]) -> list[jax.Array]:
-    """The same arrays, to XLA different ones, even where one of them stands there several times.
+def computed_anew(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The same arrays, to XLA different ones: what is computed from them is computed anew.
 
-    A scalar that multiplies several leaves of one shape is broadcast once for all of them, and that
-    is written to memory; as a scalar of its own for every leaf it is not.
+    XLA computes once what several passes over a leaf have in common, and writes it to memory: a
+    leaf's worth of bytes written and read again, where computing it a second time in the register
+    costs nothing. Each of these places had such a temporary array before it had a barrier:
+
+    - A cast. A bfloat16 leaf widened to measure it (`norms`) and to rescale it (`_tree.limit`)
+      would be one float32 copy of the whole gradient.
+    - A broadcast. A scalar that multiplies several leaves of one shape is broadcast once for all
+      of them (`unshared`); so are the powers, bounds and constants of `norms`, `_tree` and
+      `methods.clippy`, which pass together with the leaf.
+    - A bound for each entry, by which `methods.spam_clip` first counts and then clips.
+    - `0 * x`, which is no 0 where x is not finite (`nan_if_nonfinite`): as constant it is folded.
     """
-    if len({id(x) for x in arrays}) == len(arrays):
-        return arrays
-    return list(lax.optimization_barrier(tuple(arrays)))
+    return lax.optimization_barrier(arrays)
+
+
+def unshared(arrays: list[jax.Array]) -> list[jax.Array]:
+    """The same arrays, each a different one to XLA, even where one stands there several times."""
+    distinct = len({id(x) for x in arrays}) == len(arrays)
+    return arrays if distinct else list(computed_anew(*arrays))
 
 
 def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
@@ -83,7 +96,7 @@ def nan_if_nonfinite(x: jax.Array, axes: Axes) -> jax.Array:
     XLA's maximum of a large array on a CPU passes over NaN. A sum does not: 0 * x adds nothing
     where x is finite and NaN elsewhere. It reads the leaf once more.
     """
-    x, nothing = lax.optimization_barrier((x, jnp.zeros([], accumulator(x.dtype))))
+    x, nothing = computed_anew(x, jnp.zeros([], accumulator(x.dtype)))
     zero = scaled(widened(x), nothing)
     return sum_along(zero.real if jnp.iscomplexobj(zero) else zero, axes)
 

@@ -68,11 +68,11 @@ class Norm(NamedTuple):
 def read(x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
     """A leaf as statistics read it: widened, and scaled.
 
-    The barrier keeps XLA from sharing this cast with that of the rescaling pass, which would write
-    a float32 copy of the whole gradient to memory. Where there is no cast there is no barrier.
+    The cast is not shared with that of the rescaling pass; see `_numerics.computed_anew`.
     """
     if x.dtype != _numerics.wide_dtype(x):
-        x = _numerics.widened(lax.optimization_barrier(x))
+        (x,) = _numerics.computed_anew(x)
+        x = _numerics.widened(x)
     return x if scale is None else _numerics.scaled(x, scale)
 
 
@@ -112,7 +112,7 @@ def _power_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[Any, Any]) 
 def _powers(x: jax.Array, scale: jax.Array | None, *, power: float) -> jax.Array:
     dtype = _numerics.accumulator(x.dtype)
     factor = jnp.ones([], dtype) if scale is None else scale
-    x, factor, exponent = lax.optimization_barrier((x, factor, jnp.full([], power, dtype)))
+    x, factor, exponent = _numerics.computed_anew(x, factor, jnp.full([], power, dtype))
     return _power(_numerics.modulus(_numerics.scaled(_numerics.widened(x), factor)), exponent)
 
 

@@ -52,8 +52,7 @@ def rescale(layout: Layout, updates: optax.Updates, factors: Mapping[int, Factor
     def scaled(member: GroupedLeaf, x: jax.Array) -> jax.Array:
         coarse, fine = own[member.index]
         if x.dtype != _numerics.wide_dtype(x):
-            # As in `norms.read`: this cast is not to be shared. Another barrier than there.
-            x, coarse, fine = lax.optimization_barrier((x, coarse, fine))
+            x, coarse, fine = _numerics.computed_anew(x, coarse, fine)
         return _numerics.scaled(_numerics.scaled(_numerics.widened(x), coarse), fine)
 
     return _mapped(layout, updates, scaled)
@@ -63,7 +62,7 @@ def clamp(layout: Layout, updates: optax.Updates, threshold: jax.Array) -> Any:
     """Every entry limited by itself; a complex one in modulus, keeping its phase."""
 
     def clamped(member: GroupedLeaf, x: jax.Array) -> jax.Array:
-        x, bound = lax.optimization_barrier((x, threshold))
+        x, bound = _numerics.computed_anew(x, threshold)
         wide, bound = _numerics.widened(x), bound.astype(_numerics.accumulator(x.dtype))
         if not jnp.iscomplexobj(x):
             return jnp.clip(wide, -bound, bound)

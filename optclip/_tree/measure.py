@@ -230,7 +230,7 @@ def share_above(layout: Layout, updates: optax.Updates, threshold: jax.Array) ->
         dtype = _numerics.accumulator(x.dtype)
         bound, one = threshold.astype(dtype), jnp.ones([], dtype)
         steep = jnp.full([], _numerics.largest(dtype), dtype)
-        x, bound, steep, one = lax.optimization_barrier((x, bound, steep, one))
+        x, bound, steep, one = _numerics.computed_anew(x, bound, steep, one)
         # As arithmetic, which XLA fuses into the sum on every backend, and not as a comparison.
         excess = jnp.maximum(_numerics.modulus(_numerics.widened(x)), bound) - bound
         return jnp.sum(jnp.minimum(excess * steep, one)).astype(layout.dtype)

@@ -143,8 +143,7 @@ def _roots_of_ratios(
         # No bound at all is none for parameters of 0 either.
         alpha = jnp.where(jnp.isinf(relative), jnp.inf, absolute)
         rho = jnp.minimum(relative, _numerics.largest(relative.dtype))
-        # Through one barrier with the scalars, so that leaves of one shape share no broadcast.
-        x, w, *scalars = lax.optimization_barrier((x, w, rho, alpha, least, half))
+        x, w, *scalars = _numerics.computed_anew(x, w, rho, alpha, least, half)
         rho, alpha, least, half = scalars
         # Halves, since the modulus of a complex number may overflow where its parts do not.
         size = _numerics.modulus(_numerics.scaled(_numerics.widened(x), half))

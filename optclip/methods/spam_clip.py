@@ -115,7 +115,7 @@ def spam_clip(
             rise,
         )
         # A number of its own for the second pass: bounds computed from the same are shared.
-        rise, left, count = lax.optimization_barrier((rise, left, count))
+        rise, left, count = _numerics.computed_anew(rise, left, count)
         with jax.named_scope("optclip/limit"):
             leaves, structure = jax.tree.flatten(updates)
             learned = []
@@ -146,9 +146,9 @@ def _bounded(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A leaf widened, its moduli, and the bounds on them: infinity where the moment is 0.
 
-    Past a barrier, so that whoever asks computes them anew: shared, they would be written out.
+    Whoever asks computes them anew: shared, they would be written out.
     """
-    x, moment, rise = lax.optimization_barrier((x, moment, rise))
+    x, moment, rise = _numerics.computed_anew(x, moment, rise)
     # Beside a 64-bit gradient or moment the other is 64-bit too.
     dtype = moment.dtype if moment.dtype == jnp.float64 else _numerics.accumulator(x.dtype)
     wide, moment = _numerics.widened(x, dtype), moment.astype(dtype)

@@ -130,6 +130,24 @@ class Level(NamedTuple):
     variance: jax.Array
 
 
+HELD = 2.0
+"""To how many deviations of the log norm about its mean a norm is held before it is learned."""
+
+DEEPEST = math.log(10)
+"""How far down the level believes a norm, in the logarithm: a small norm is no danger, and so the
+level follows a fall before the spread has grown."""
+
+FIRST_SPREAD = 0.25
+"""The deviation of the log norm before any is known."""
+
+LEAST_SPREAD = 0.02
+"""The smallest deviation reckoned with, so that equal norms do not shut the clip."""
+
+FIRST_NORMS = 4
+"""The decay is at most 1 - 1 / this at the first norm and rises with their number, as of a plain
+mean: the first few norms settle the level, and no warm-up is needed."""
+
+
 def robust(
     deviations: optax.ScalarOrSchedule,
     decay: optax.ScalarOrSchedule,
@@ -153,17 +171,16 @@ def robust(
     check_number(max_rise, "max_rise=", hint="pass jnp.inf for no bound")
     check_decay(decay)
     _check_learn_from(learn_from)
-    held, first_guess, least, tenth = 2.0, 0.25, 0.02, math.log(10)
 
     def init(norms):
         return Level(
             jnp.zeros(norms.shape, jnp.int32),
             jnp.zeros_like(norms),
-            jnp.full(norms.shape, first_guess**2, norms.dtype),
+            jnp.full(norms.shape, FIRST_SPREAD**2, norms.dtype),
         )
 
     def threshold(memory, step, norms, params):
-        spread = jnp.maximum(jnp.sqrt(memory.variance), least)
+        spread = jnp.maximum(jnp.sqrt(memory.variance), LEAST_SPREAD)
         limit = memory.level * jnp.exp(number_at(deviations, step.count, norms) * spread)
         return jnp.where(memory.count > 0, limit, jnp.inf)
 
@@ -174,15 +191,12 @@ def robust(
         ratio = learned / jnp.where(begun, memory.level, learned)
         away = jnp.log(jnp.clip(ratio, 1e-30, 1e30))
         if learn_from == "winsorized":
-            reach = held * jnp.maximum(jnp.sqrt(memory.variance), least)
+            reach = HELD * jnp.maximum(jnp.sqrt(memory.variance), LEAST_SPREAD)
             spread_from = jnp.clip(away, -reach, reach)
-            # A small norm is no danger: the level believes it down to a tenth, and so follows a
-            # fall before the spread has grown.
-            away = jnp.clip(away, -jnp.maximum(reach, tenth), reach)
+            away = jnp.clip(away, -jnp.maximum(reach, DEEPEST), reach)
         else:
             spread_from = away
-        # From 3/4 up, so that the first few norms settle the level and no warm-up is needed.
-        start = 1 - 1 / (memory.count.astype(norms.dtype) + 4)
+        start = 1 - 1 / (memory.count.astype(norms.dtype) + FIRST_NORMS)
         keep = jnp.minimum(number_at(decay, step.count, norms), start)
         rise = jnp.minimum((1 - keep) * away, jnp.log1p(number_at(max_rise, step.count, norms)))
         level = jnp.where(begun, _numerics.scaled_by_exp(memory.level, rise), learned)
