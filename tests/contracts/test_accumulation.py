@@ -17,15 +17,15 @@ from helpers.samples import (
     detailed,
     gradient,
     once_a_method,
-    parameters,
     quick_jit,
+    sample_parameters,
 )
 from jax import lax
 
 import optclip
 
 MICRO = 4
-PARAMS = parameters()
+PARAMS = sample_parameters()
 EVERY = [gradient(seed=seed, scale=seed + 1) for seed in range(2 * MICRO)]
 """Two steps of four micro-batches."""
 

@@ -20,8 +20,8 @@ from helpers.samples import (
     assert_same,
     gradient,
     once_a_method,
-    parameters,
     quick_jit,
+    sample_parameters,
 )
 
 import optclip
@@ -37,7 +37,7 @@ def pair(tree):
     return {"a": tree["attention"]["kernel"], "b": tree["attention"]["query"]}
 
 
-PARAMS = pair(parameters("mixed"))
+PARAMS = pair(sample_parameters("mixed"))
 GRADIENTS = [pair(gradient("mixed", seed)) for seed in range(2)]
 
 
@@ -188,7 +188,7 @@ def falling(value):
 @each_method
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "mixed"])
 def test_injection_keeps_types_in_half_precision(method, kind):
-    params, updates = pair(parameters(kind)), pair(gradient(kind))
+    params, updates = pair(sample_parameters(kind)), pair(gradient(kind))
     transform = injected(method)
     state = transform.init(params)
     changed, new = jax.eval_shape(transform.update, updates, state, params)

@@ -23,8 +23,8 @@ from helpers.samples import (
     detailed,
     gradient,
     once_a_method,
-    parameters,
     quick_jit,
+    sample_parameters,
     shapes_of,
     stacked,
     unstacked,
@@ -70,7 +70,7 @@ class Programs(NamedTuple):
 
 @once_a_method
 def programs_of(method):
-    params, traces = parameters("mixed"), []
+    params, traces = sample_parameters("mixed"), []
     transform = detailed(method)
     signature = inspect.signature(method.factory).parameters
 
@@ -130,7 +130,7 @@ def types_of(tree):
 @pytest.mark.parametrize("updates_kind", KINDS)
 @pytest.mark.parametrize("params_kind", ["float32", "bfloat16"])
 def test_a_step_keeps_the_types_of_the_state(method, params_kind, updates_kind):
-    transform, params = detailed(method), parameters(params_kind)
+    transform, params = detailed(method), sample_parameters(params_kind)
     state = transform.init(params)
     assert not any(jax.typeof(x).weak_type for x in jax.tree.leaves(state))
 
@@ -161,7 +161,7 @@ def test_one_program_runs_all_steps(method):
 @each_method
 @each_mesh
 def test_every_way_to_a_fresh_state_gives_the_same_one(method, axis_type):
-    transform, params = detailed(method), on_mesh(parameters("mixed"), axis_type)
+    transform, params = detailed(method), on_mesh(sample_parameters("mixed"), axis_type)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
     )
@@ -180,7 +180,7 @@ def test_every_way_to_a_fresh_state_gives_the_same_one(method, axis_type):
 @each_method
 @pytest.mark.parametrize("kind", ["bfloat16", "mixed"])
 def test_init_needs_shapes_only(method, kind):
-    transform, params = detailed(method), parameters(kind)
+    transform, params = detailed(method), sample_parameters(kind)
     state, shapes = transform.init(params), shapes_of(params)
     assert_same(transform.init(shapes), state)
     abstract = jax.eval_shape(transform.init, shapes)
@@ -193,7 +193,7 @@ def test_init_needs_shapes_only(method, kind):
 @each_method
 @pytest.mark.parametrize("axis_type", [None, AxisType.Auto, AxisType.Explicit])
 def test_no_two_leaves_of_a_fresh_state_share_a_buffer(method, axis_type):
-    params = parameters() if axis_type is None else on_mesh(parameters(), axis_type)
+    params = sample_parameters() if axis_type is None else on_mesh(sample_parameters(), axis_type)
     assert_distinct((params, detailed(method).init(params)))
 
 
@@ -236,7 +236,7 @@ def test_vmap_over_arguments_states_and_gradients_is_a_loop(method):
 
 @each_method
 def test_without_a_state_a_clip_starts_afresh_or_says_what_is_missing(method):
-    transform, params, updates = detailed(method), parameters()["bias"], gradient()["bias"]
+    transform, params, updates = detailed(method), sample_parameters()["bias"], gradient()["bias"]
     fresh = transform.update(updates, transform.init(params), params)
     assert_distinct(fresh[1])
     if method.has_memory:
@@ -248,7 +248,7 @@ def test_without_a_state_a_clip_starts_afresh_or_says_what_is_missing(method):
 
 @each_method
 def test_outside_jit_later_steps_compile_nothing(method):
-    transform, params = method.build(), parameters()["bias"]
+    transform, params = method.build(), sample_parameters()["bias"]
     state, compiled = transform.init(params), []
 
     def listen(event, duration, **details):
@@ -270,7 +270,7 @@ def test_outside_jit_later_steps_compile_nothing(method):
 
 @each_method
 def test_nothing_is_asked_of_the_host(method):
-    transform, params = detailed(method), parameters("mixed")
+    transform, params = detailed(method), sample_parameters("mixed")
     args = gradient("mixed"), transform.init(params), params
     to_host = re.compile(r"callback|infeed|outfeed|\b(send|recv|host)\b", re.IGNORECASE)
     assert not to_host.findall(str(jax.make_jaxpr(transform.update)(*args)))
@@ -290,7 +290,7 @@ def test_the_transformation_itself_remembers_nothing(method):
     def other(tree):
         return {"b": tree["attention"]["query"], "z": (tree["bias"], tree["bias"])}
 
-    shared, params, updates = method.build(), parameters(), gradient()
+    shared, params, updates = method.build(), sample_parameters(), gradient()
     first = program(shared, params, updates)
     assert program(shared, other(params), other(updates)) == program(
         method.build(), other(params), other(updates)

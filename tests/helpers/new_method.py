@@ -14,19 +14,20 @@ from oracles import learned
 
 import optclip
 from helpers import registry
-from optclip.thresholds import Rule, windows
+from optclip._checks import at, check_count, check_number
+from optclip.thresholds import Rule
 
 
 def median_over_window(multiplier: Any, window: int) -> Rule:
     """A multiple of the median of the last norms before this one."""
-    window = windows.check_count(window, "window=")
-    windows.check_number(multiplier, "multiplier=", hint="pass 2.0")
+    window = check_count(window, "window=")
+    check_number(multiplier, "multiplier=", hint="pass 2.0")
 
     def init(norms):  # a norm that is yet to come is NaN
         return jnp.full((window, *norms.shape), jnp.nan, norms.dtype)
 
     def threshold(memory, step, norms, params):
-        limit = windows.number_at(multiplier, step.count, norms) * jnp.nanmedian(memory, axis=0)
+        limit = at(multiplier, step.count, norms) * jnp.nanmedian(memory, axis=0)
         return jnp.where(jnp.isnan(limit), jnp.inf, limit)
 
     def observe(memory, step, norms, clipped_norms):
@@ -35,7 +36,7 @@ def median_over_window(multiplier: Any, window: int) -> Rule:
     return Rule(init, threshold, observe, has_memory=True)
 
 
-def clip_by_median(
+def clip_by_pattern_median(
     multiplier: Any = 2.0,
     window: int = 32,
     *,
@@ -70,14 +71,12 @@ class Median(learned.Learner):
 
 def pytest_configure() -> None:
     entry = registry.Method(
-        clip_by_median,
+        clip_by_pattern_median,
         {"multiplier": 2.0, "window": 32},
         traced=("multiplier",),
         has_memory=True,
     )
-    # In place of one of that name, should the library have it some day.
-    others = (method for method in registry.METHODS if method.name != entry.name)
-    registry.METHODS = (*others, entry)
+    registry.METHODS = (*registry.METHODS, entry)
     learned.OF_THE_NORM[entry.name] = Median
-    optclip.clip_by_median = clip_by_median  # pyright: ignore
+    optclip.clip_by_pattern_median = clip_by_pattern_median  # pyright: ignore
     optclip.__all__ = sorted({*optclip.__all__, entry.name})  # pyright: ignore

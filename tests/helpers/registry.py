@@ -192,7 +192,7 @@ LEARNING = (
         needs_params=True,
     ),
 )
-"""A threshold that is learned, or a bound relative to the parameters; see tests/test_parity.py."""
+"""A threshold that is learned, or a bound relative to the parameters."""
 
 METHODS = FIXED + LEARNING
 

@@ -1,11 +1,14 @@
 """Every clip that learns, step by step against its paper, over long and unquiet runs."""
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from helpers.registry import METHODS
 from helpers.streams import (
     CLOSE,
     STREAMS,
@@ -142,11 +145,18 @@ def robusts() -> Iterator[Case]:
 
 
 def others(cases: list[Case]) -> Iterator[Case]:
-    """Every other method that learns from the norm, with its defaults."""
+    """Every other method that learns from the norm: its defaults, its entry, all it learns from."""
     have = {case.clip.__name__ for case in cases}
-    for name, learner in learned.OF_THE_NORM.items():
-        if name not in have:
-            yield Case(getattr(optclip, name), learner)
+    for method in METHODS:
+        if method.name in have or method.name not in learned.OF_THE_NORM:
+            continue
+        of_it = functools.partial(Case, method.factory, learned.OF_THE_NORM[method.name])
+        yield of_it()
+        numbers = {name: method.arguments[name] for name in method.traced}
+        static = {name: x for name, x in method.arguments.items() if name not in numbers}
+        yield of_it((numbers,), static)
+        if "learn_from" in inspect.signature(method.factory).parameters:
+            yield from (of_it(({},), {"learn_from": source}) for source in ("raw", "clipped"))
 
 
 CASES = [*autoclips(), *quantiles(), *zclips(), *windows(), *averages(), *robusts()]
