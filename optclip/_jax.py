@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.core
 from jax import lax
+from jax.sharding import AxisType
 
 
 def is_traced(x: Any) -> bool:
@@ -27,6 +28,18 @@ def varying_axes(x: Any) -> frozenset[str]:
     jax 0.10 to 0.12: `manual_axis_type.varying`; up to 0.9 it was the type's `vma`.
     """
     return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def may_be_split(x: Any) -> bool:
+    """Whether XLA lays an array out over several devices of a mesh, under `jit`.
+
+    False inside `shard_map`, where an array is one device's part.
+    """
+    mesh = getattr(jax.typeof(x).sharding, "mesh", None)
+    if mesh is None or mesh.empty:
+        return False
+    sizes = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    return any(kind != AxisType.Manual and size > 1 for kind, size in sizes)
 
 
 def tracks_axis(name: str) -> bool:

@@ -1,5 +1,7 @@
 """Arithmetic on leaves and norms that stays right at every magnitude and cheap under XLA."""
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_batching import custom_vmap
 
 from optclip import _jax
 
@@ -117,10 +120,104 @@ def narrowed(norms: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 def where_needed(
     needed: jax.Array, compute: Callable[..., Any], otherwise: Callable[..., Any], *operands: Any
 ) -> Any:
-    """One of two functions; the branch is Python's outside jit, where XLA's would compile anew."""
+    """One of two functions; the branch is Python's outside jit, where XLA's would compile anew.
+
+    Under `vmap` the first for all examples where one of them needs it, and not, as a conditional
+    would have it, both at every step: `compute` must do no harm to those that do not.
+    """
     if _jax.is_traced(needed):
-        return lax.cond(needed, compute, otherwise, *operands)
+        return lax.cond(_any_example(needed), compute, otherwise, *operands)
     return compute(*operands) if needed else otherwise(*operands)
+
+
+@custom_vmap
+def _any_example(needed: jax.Array) -> jax.Array:
+    return needed
+
+
+@_any_example.def_vmap
+def _any_of_batch(axis_size: int, in_batched: list[bool], needed: jax.Array) -> Any:
+    del axis_size, in_batched
+    return jnp.any(needed), False
+
+
+FORCED_PLATFORM: str | None = None
+"""For tests: the platform whose way `by_platform` takes everywhere."""
+
+
+def by_platform(ways: dict[str, Callable[..., Any]], *operands: Any) -> Any:
+    """One of several functions that answer the same, as suits the machine; chosen when lowered.
+
+    Args:
+        ways: From "cpu", "cuda" or "tpu" to the function for it; "default" for the others.
+        *operands: What it takes.
+    """
+    if FORCED_PLATFORM is not None:
+        return ways.get(FORCED_PLATFORM, ways["default"])(*operands)
+    first = jax.tree.leaves(operands)[0] if jax.tree.leaves(operands) else np.zeros([])
+    if _jax.is_traced(first):
+        return lax.platform_dependent(*operands, **ways)
+    platform = next(iter(first.devices())).platform if isinstance(first, jax.Array) else None
+    return ways.get(platform or jax.default_backend(), ways["default"])(*operands)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def sums_at(
+    entries: Callable[..., jax.Array], scales: tuple[float, ...], axes: Axes, x: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The sums along `axes` of entries(x, scale) for every scale, in one reduction.
+
+    Of a leaf that may be split over a mesh in several: XLA's partitioner adds up the parts of a
+    reduction with one result, and gathers those of one with more.
+    """
+    terms = [entries(x, None if s == 1 else jnp.full([], s, accumulator(x.dtype))) for s in scales]
+    if _jax.may_be_split(x):
+        return tuple(sum_along(term, axes) for term in terms)
+    zeros = [np.zeros([], term.dtype) for term in terms]
+    sums = lax.reduce(tuple(terms), tuple(zeros), lambda a, b: [*map(lax.add, a, b)], axes)
+    kept = [1 if axis in axes else length for axis, length in enumerate(x.shape)]
+    return tuple(sums) if len(axes) == x.ndim else tuple(jnp.reshape(y, kept) for y in sums)
+
+
+@sums_at.defjvp
+def _sums_at_jvp(entries: Any, scales: Any, axes: Axes, primals: Any, tangents: Any) -> Any:
+    (x,), (x_dot,) = primals, tangents
+
+    def slope(scale: float) -> jax.Array:
+        def at_scale(x: jax.Array) -> jax.Array:
+            factor = None if scale == 1 else jnp.full([], scale, accumulator(x.dtype))
+            return entries(x, factor)
+
+        # At a scale that is not for this entry its slope may be infinite, and 0 * inf is NaN.
+        tame = jnp.where(jnp.isfinite(at_scale(x)), x, jnp.zeros_like(x))
+        return sum_along(jax.jvp(at_scale, (tame,), (x_dot,))[1], axes)
+
+    return sums_at(entries, scales, axes, x), tuple(map(slope, scales))
+
+
+def sum_in_64_bits(entries: Callable[..., jax.Array], x: jax.Array, axes: Axes) -> jax.Array:
+    """The sum of entries(x) along `axes`, dimensions kept, in float64; within `jax.enable_x64`.
+
+    A narrow matrix, of few columns, is added up in several stripes first, and then those: XLA
+    gives a block of a GPU to 32 columns, and for a few blocks it does not fuse the conversion.
+    """
+    x = lax.convert_element_type(x, jnp.complex128 if jnp.iscomplexobj(x) else jnp.float64)
+    kept = [1 if axis in axes else length for axis, length in enumerate(x.shape)]
+    if axes != tuple(range(len(axes))) or len(axes) == x.ndim:
+        return sum_along(entries(x, None), axes)
+    rows, columns, stripes = x.shape[axes[-1]], math.prod(kept), 1
+    while rows % (2 * stripes) == 0 and columns * stripes < WIDE:
+        stripes *= 2
+    if stripes == 1:
+        return sum_along(entries(x, None), axes)
+    striped = (*x.shape[: axes[-1]], rows // stripes, stripes, *x.shape[len(axes) :])
+    partial = jnp.sum(entries(x.reshape(striped), None), axis=axes)
+    (partial,) = computed_anew(partial)  # Or XLA makes one reduction of both.
+    return jnp.sum(partial, axis=0).reshape(kept)
+
+
+WIDE = 2048
+"""Columns from which on XLA fuses it for an H100, found by trying."""
 
 
 def in_pairs(combine: Callable[..., jax.Array], terms: list[jax.Array]) -> jax.Array:

@@ -1,5 +1,6 @@
 """`clip_by`: measure, threshold, limit, observe, as one Optax transformation."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -10,10 +11,10 @@ import optax
 
 from optclip import _numerics, limiters, norms, scopes, thresholds
 from optclip._checks import check_choice
-from optclip._tree import limit, measure
+from optclip._tree import limit, measure, pieces
 from optclip._tree.layout import Layout, layout_of, shape_of_norms
 from optclip._tree.pieces import PerGroup
-from optclip.limiters import Factor, Limiter
+from optclip.limiters import Limiter
 from optclip.norms import Magnitude, Norm
 from optclip.scopes import Scope
 from optclip.state import (
@@ -26,7 +27,7 @@ from optclip.state import (
     update_state,
     where_learned,
 )
-from optclip.thresholds import ParameterNorms, Rule
+from optclip.thresholds import ParameterNorms, Rule, Step
 from optclip.thresholds.rules import RuleLike, first_memory
 
 Nonfinite = Literal["propagate", "zero"]
@@ -112,37 +113,39 @@ def clip_by(
     def measured(layout: Layout, *trees: Any) -> tuple[list[PerGroup[Magnitude]], jax.Array | None]:
         """The norms of each tree; those of the leaves too where detail of one group is wanted."""
         if not (detail and scope.one_group):
-            return measure.measure_together(layout, norm, *trees), None
+            gathered = detail or not _works_in_parts(rule, norm, layout)
+            return measure.measure_together(layout, norm, *trees, gathered=gathered), None
         leaves = layout_of(scopes.leaf, trees[0], axis_name, sharded)
-        by_leaf = [x.vector for x in measure.measure_together(leaves, norm, *trees)]
-        pooled = [norms.pool(norm, of_leaves, leaves.sizes) for of_leaves in by_leaf]
-        return [PerGroup(all_, {0: all_}) for all_ in pooled], by_leaf[0].clamped()
+        by_leaf = [x.blocks for x in measure.measure_together(leaves, norm, *trees)]
+        pooled = [norms.pool(norm, of_leaves, [leaves.sizes]) for of_leaves in by_leaf]
+        return [PerGroup([all_], {0: all_}) for all_ in pooled], by_leaf[0][0].clamped()
 
     def thresholds_now(
         state: ClipState, layout: Layout, found: list[PerGroup[Magnitude]]
     ) -> PerGroup[jax.Array]:
         """What the rule allows; by pieces too, where it can be asked for each by itself."""
 
-        def ask(
-            norms: Magnitude, of_params: list[Magnitude], sizes: jax.typing.ArrayLike
-        ) -> jax.Array:
-            seen = (_numerics.narrowed(x.clamped(), state.norm.dtype) for x in (norms, *of_params))
+        def ask(norms: Sequence[Magnitude], sizes: jax.typing.ArrayLike) -> jax.Array:
+            seen = (_numerics.narrowed(x.clamped(), state.norm.dtype) for x in norms)
             now, *references = seen
             reference = ParameterNorms(references[0], sizes) if references else None
             asked = rule.threshold(state.memory, step_of(state), now, reference)
-            return asked.astype(norms.value.dtype)
+            return asked.astype(norms[0].value.dtype)
 
-        own, *others = found
-        asked = ask(own.vector, [x.vector for x in others], layout.sizes)
-        pieces: dict[int, jax.Array] = {}
+        own = found[0]
+        sizes = pieces.sizes_in_blocks(layout, own.blocks[0].value.shape == layout.shape)
+        blocks = [
+            jnp.broadcast_to(ask(norms, size), norms[0].value.shape)
+            for *norms, size in zip(*(x.blocks for x in found), sizes, strict=True)
+        ]
+        by_piece: dict[int, jax.Array] = {}
         if rule.separable and layout.shape and not layout.axis_names:
-            for start, piece in own.pieces.items():
-                size = layout.size_at(start)
-                of_piece = [x.pieces[start] for x in others]
-                pieces[start] = ask(piece, of_piece, size) if asked.ndim else asked
-            if any(x.shape not in ((), own.pieces[at].value.shape) for at, x in pieces.items()):
-                pieces = {}  # A vector for all groups says nothing of one.
-        return PerGroup(jnp.broadcast_to(asked, layout.shape), pieces)
+            for start in own.pieces:
+                by_piece[start] = ask([x.pieces[start] for x in found], layout.size_at(start))
+                if by_piece[start].shape not in ((), own.pieces[start].value.shape):
+                    by_piece = {}  # A vector for all groups says nothing of one.
+                    break
+        return PerGroup(blocks, by_piece)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -157,8 +160,8 @@ def clip_by(
         with jax.named_scope("optclip/measure"):
             trees = (updates, params) if rule.needs_params else (updates,)
             found, leaf_norms = measured(layout, *trees)
-            magnitude, group_norms = found[0].vector, found[0].vector.clamped()
-            finite = jnp.all(jnp.isfinite(magnitude.value))
+            magnitudes, group_norms = found[0].blocks, [x.clamped() for x in found[0].blocks]
+            finite = pieces.total(jnp.all, [jnp.isfinite(x.value) for x in magnitudes])
         with jax.named_scope("optclip/threshold"):
             threshold = thresholds_now(state, layout, found)
         with jax.named_scope("optclip/limit"):
@@ -166,26 +169,28 @@ def clip_by(
             bound = jax.tree.map(lambda x: jnp.where(finite, x, jnp.inf), threshold)
             factors = limit.factors_for(limiter, layout, found[0], bound)
             updates = limit.rescale(layout, updates, factors.pieces)
-            factor, clipped_norms = factors.vector, limiters.clipped_norm(magnitude, factors.vector)
+            clipped_norms = list(map(limiters.clipped_norm, magnitudes, factors.blocks))
+            products = [factor.product() for factor in factors.blocks]
             if nonfinite == "zero":
                 updates = limit.zeroed_unless(finite, updates)
-                factor = Factor(factor.coarse, jnp.where(finite, factor.fine, 0))
-                clipped_norms = jnp.where(finite, clipped_norms, 0)
+                zeroed = functools.partial(jax.tree.map, lambda x: jnp.where(finite, x, 0))
+                clipped_norms, products = zeroed(clipped_norms), zeroed(products)
         with jax.named_scope("optclip/observe"):
-            dtype = state.norm.dtype
-            shown = (_numerics.narrowed(x, dtype) for x in (group_norms, clipped_norms))
-            memory = rule.observe(state.memory, step_of(state), *shown)
-            # Neither a non-finite step nor, in its group, a norm of 0 is learned from.
-            memory = where_learned(finite & (group_norms > 0), memory, state.memory)
+            memory, dtype = state.memory, state.norm.dtype
+            if rule.has_memory:
+                shown = [_numerics.narrowed(x, dtype) for (x,) in (group_norms, clipped_norms)]
+                memory = rule.observe(state.memory, step_of(state), *shown)
+                # Neither a non-finite step nor, in its group, a norm of 0 is learned from.
+                memory = where_learned(finite & (group_norms[0] > 0), memory, state.memory)
         outcome = Outcome(
             finite=finite,
-            norm=_pooled(norm, layout, magnitude),
-            clipped_norm=_pooled(norm, layout, norms.plain(clipped_norms)),
-            threshold=jnp.min(threshold.vector, initial=jnp.inf, where=layout.sizes > 0),
-            factor=jnp.min(factor.product(), initial=1),
-            share=_share_above(layout, group_norms, bound.vector),
+            norm=_pooled(norm, layout, magnitudes),
+            clipped_norm=_pooled(norm, layout, list(map(norms.plain, clipped_norms))),
+            threshold=_lowest(_of_present_groups(layout, threshold.blocks), jnp.inf),
+            factor=_lowest(products, 1),
+            share=_share_above(layout, group_norms, bound.blocks),
         )
-        groups = _details(group_norms, clipped_norms, leaf_norms) if detail else None
+        groups = _details(group_norms[0], clipped_norms[0], leaf_norms) if detail else None
         kept = kind_of_detail(*groups) if groups else ()
         return updates, update_state(state, outcome, memory, kept)
 
@@ -228,15 +233,54 @@ def check_nonfinite(nonfinite: str) -> None:
     check_choice(nonfinite, ("propagate", "zero"), "nonfinite=")
 
 
-def _share_above(layout: Layout, group_norms: jax.Array, threshold: jax.Array) -> jax.Array:
+def _works_in_parts(rule: Rule, norm: Norm, layout: Layout) -> bool:
+    """Whether all can be known without one array of all groups, where there are units."""
+    units = any(member.groups > 1 for member in layout.members)
+    if not units or layout.axis_names or not rule.separable or not pieces.can_total(norm.combine):
+        return False
+    # With another number of groups, so that nothing fits by chance.
+    more = jax.ShapeDtypeStruct((layout.sizes.size + 1,), layout.dtype)
+    now = jax.ShapeDtypeStruct((), jnp.int32)
+    try:
+        asked = jax.eval_shape(
+            lambda norms, count: rule.threshold(
+                (), Step(count, count), norms, ParameterNorms(norms, np.ones(more.shape))
+            ),
+            more,
+            now,
+        )
+    except (TypeError, ValueError):  # A threshold for each group does not fit.
+        return False
+    return asked.shape in ((), more.shape)
+
+
+def _of_present_groups(layout: Layout, thresholds: list[jax.Array]) -> list[jax.Array]:
+    """The thresholds; infinity for labels that no leaf has."""
+    if thresholds[0].shape != layout.shape:
+        return thresholds
+    return [jnp.where(layout.sizes > 0, thresholds[0], jnp.inf)]
+
+
+def _lowest(blocks: list[jax.Array], of_none: float) -> jax.Array:
+    if not blocks[0].size:
+        return jnp.full([], of_none, blocks[0].dtype)
+    return pieces.total(jnp.min, blocks)
+
+
+def _share_above(
+    layout: Layout, group_norms: list[jax.Array], thresholds: list[jax.Array]
+) -> jax.Array:
     present = max(int(np.sum(layout.sizes > 0)), 1)  # A label may have no leaf.
-    return jnp.sum((group_norms > threshold).astype(group_norms.dtype)) / present
+    above = [(x > bound).astype(x.dtype) for x, bound in zip(group_norms, thresholds, strict=True)]
+    return pieces.total(jnp.sum, above) / present
 
 
-def _pooled(norm: Norm, layout: Layout, groups: Magnitude) -> jax.Array:
+def _pooled(norm: Norm, layout: Layout, groups: list[Magnitude]) -> jax.Array:
     """The norm of all groups together."""
-    pooled = groups if layout.shape == () else norms.pool(norm, groups, layout.sizes)
-    return pooled.clamped()
+    if layout.shape == ():
+        return groups[0].clamped()
+    sizes = pieces.sizes_in_blocks(layout, groups[0].value.shape == layout.shape)
+    return norms.pool(norm, groups, sizes, pieces.total).clamped()
 
 
 def _details(

@@ -17,7 +17,7 @@ tree.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -263,7 +263,7 @@ class _Range(NamedTuple):
     grow: float
 
 
-_RANGES = {
+RANGES = {
     jnp.dtype(jnp.float32): _Range(high=1e30, lost=2.0**-106, shrink=2.0**-80, grow=2.0**90),
     jnp.dtype(jnp.float64): _Range(high=1e290, lost=2.0**-970, shrink=2.0**-600, grow=2.0**600),
 }
@@ -275,7 +275,7 @@ def can_leave_range(dtype: jax.typing.DTypeLike) -> bool:
     The exception among the narrow ones is bfloat16, which has float32's exponents.
     """
     info = jnp.finfo(dtype)
-    limits = _RANGES[_numerics.accumulator(dtype)]
+    limits = RANGES[_numerics.accumulator(dtype)]
     highest = 2 * math.log2(float(info.max)) + 40  # A sum of 2^40 squares.
     lowest = 2 * math.log2(float(info.tiny))
     return highest > math.log2(limits.high) or lowest < math.log2(limits.lost)
@@ -287,13 +287,29 @@ def range_scale(norm: Norm, statistic: jax.Array, size: Size) -> jax.Array:
     A statistic of exactly 0 is measured again too: zeros and squares that were flushed to zero
     look alike.
     """
-    limits = _RANGES[jnp.dtype(statistic.dtype)]
+    limits = RANGES[jnp.dtype(statistic.dtype)]
     one = jnp.ones_like(statistic)
     scale = jnp.where(statistic > limits.high, limits.shrink * one, one)
     if norm.degree > 1:
         low = jnp.asarray(size, statistic.dtype) * limits.lost
         scale = jnp.where(statistic < low, limits.grow * one, scale)
     return scale
+
+
+def window_scales(norm: Norm, dtype: jax.typing.DTypeLike) -> tuple[float, ...]:
+    """Scales of which one brings any statistic into range, 1 the first."""
+    limits = RANGES[jnp.dtype(dtype)]
+    # A sum of moduli is too small only where the norm is.
+    return (1.0, limits.shrink) if norm.degree <= 1 else (1.0, limits.shrink, limits.grow)
+
+
+def window(norm: Norm, statistics: Sequence[jax.Array], size: Size) -> Magnitude:
+    """The norm from the statistic that is in range, of those at `window_scales`."""
+    scale = range_scale(norm, statistics[0], size)
+    chosen = jnp.where(scale < 1, statistics[1], statistics[0])
+    if len(statistics) > 2:
+        chosen = jnp.where(scale > 1, statistics[2], chosen)
+    return Magnitude(norm.finish(chosen, size), scale)
 
 
 def peak_scale(peak: jax.Array, measured_at: jax.Array) -> jax.Array:
@@ -304,22 +320,53 @@ def peak_scale(peak: jax.Array, measured_at: jax.Array) -> jax.Array:
     return jnp.maximum(scale, jnp.asarray(jnp.finfo(peak.dtype).tiny, peak.dtype))
 
 
-def pool(norm: Norm, groups: Magnitude, sizes: Size) -> Magnitude:
-    """The norm of several groups together, from their norms: the norm of a vector of norms."""
-    if not groups.value.size:
-        return plain(jnp.zeros([], groups.value.dtype))
-    least = jnp.min(groups.scale, initial=1)
-    values = groups.value * (least / groups.scale)
+Total = Callable[[Callable[..., jax.Array], list[jax.Array]], jax.Array]
+"""(jnp.sum, jnp.min or jnp.max, arrays) -> one number, over all entries of all arrays."""
+
+
+def total_of_one(reduce: Callable[..., jax.Array], arrays: list[jax.Array]) -> jax.Array:
+    """The `Total` of one array."""
+    (array,) = arrays
+    return reduce(array)
+
+
+def pool(
+    norm: Norm, groups: Sequence[Magnitude], sizes: Sequence[Size], total: Total = total_of_one
+) -> Magnitude:
+    """The norm of several groups together, from their norms: the norm of a vector of norms.
+
+    Args:
+        norm: The norm.
+        groups: The norms, in one array or several.
+        sizes: Entries per group, for each of the arrays.
+        total: How arrays are reduced to a number.
+    """
+    if not sum(x.value.size for x in groups):
+        return plain(jnp.zeros([], groups[0].value.dtype))
+    entries = sum(
+        np.sum(np.broadcast_to(np.asarray(size), x.value.shape))
+        for x, size in zip(groups, sizes, strict=True)
+    )
+    if norm.safety == "range":
+        values = [x.clamped() for x in groups]
+        sums = []
+        for scale in window_scales(norm, values[0].dtype):
+            scaled = [x * jnp.asarray(scale, x.dtype) if scale != 1 else x for x in values]
+            lifted = [norm.lift(x, size) for x, size in zip(scaled, sizes, strict=True)]
+            sums.append(total(jnp.sum, lifted))
+        return window(norm, sums, entries)
+    least = total(functools.partial(jnp.min, initial=1), [x.scale for x in groups])
+    values = [x.value * (least / x.scale) for x in groups]
     # A maximum may pass over NaN; infinity is as non-finite, and does not get lost.
-    values = jnp.where(jnp.isfinite(values), values, jnp.inf)
-    peak = jnp.max(values, initial=0)
+    values = [jnp.where(jnp.isfinite(x), x, jnp.inf) for x in values]
+    peak = total(functools.partial(jnp.max, initial=0), values)
     # Room for a total above the largest number; and XLA multiplies by reciprocals, of which that
     # of the largest number would be flushed to zero.
     room = jnp.where(jnp.isfinite(peak) & (peak > 1e25), jnp.asarray(2.0**-60, peak.dtype), 1)
-    values, peak = values * room, peak * room
+    values, peak = [x * room for x in values], peak * room
     unit = jnp.where((peak > 0) & jnp.isfinite(peak), peak, jnp.ones_like(peak))
-    combine = norm.combine or jnp.max
-    share = norm.finish(combine(norm.lift(values / unit, sizes)), np.sum(np.asarray(sizes)))
+    lifted = [norm.lift(x / unit, size) for x, size in zip(values, sizes, strict=True)]
+    share = norm.finish(total(norm.combine or jnp.max, lifted), entries)
     return Magnitude(share * unit, least * room)
 
 

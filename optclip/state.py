@@ -130,16 +130,21 @@ def update_state(
     state: ClipState, outcome: Outcome, memory: Memory = (), detail: Detail | tuple[()] = ()
 ) -> ClipState:
     """The state after a step."""
-    finite, step = outcome.finite, step_of(state)
+    # As numbers by themselves: a GPU has then one kernel for them, where each would redo the sums.
+    outcome = Outcome(*_numerics.computed_anew(*outcome))
+    finite, count = outcome.finite, _next(state.count)
+    nonfinite_steps = jnp.where(finite, state.nonfinite_steps, _next(state.nonfinite_steps))
+    # From the new counts, not the old: those could not be overwritten before they were read.
+    steps = jnp.maximum(count - nonfinite_steps, 1)
 
     def averaged(rate: jax.Array, floor: float) -> jax.Array:
         """A running mean over the finite steps; with a floor under its weight, of recent ones."""
-        weight = jnp.maximum(1 / (step.finite + 1).astype(rate.dtype), floor)
+        weight = jnp.maximum(1 / steps.astype(rate.dtype), floor)
         return rate + jnp.where(finite, (outcome.share.astype(rate.dtype) - rate) * weight, 0)
 
     new = ClipState(
-        count=_next(state.count),
-        nonfinite_steps=jnp.where(finite, state.nonfinite_steps, _next(state.nonfinite_steps)),
+        count=count,
+        nonfinite_steps=nonfinite_steps,
         norm=outcome.norm,
         clipped_norm=outcome.clipped_norm,
         threshold=outcome.threshold,

@@ -6,6 +6,7 @@ devices.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -58,6 +59,8 @@ class Layout(NamedTuple):
         sizes: Entries per group over all devices, of that shape.
         dtype: What the norms are measured in: float32, or float64 where a leaf is 64-bit.
         axis_names: Mesh axes over which leaves may be split.
+        kinds: For each kind of leaf the starts of those that are alike, whose groups can be stacked
+            without traffic on a mesh: their paths differ in numbers only, as of repeated layers.
     """
 
     members: tuple[GroupedLeaf, ...]
@@ -65,6 +68,7 @@ class Layout(NamedTuple):
     sizes: np.ndarray
     dtype: np.dtype
     axis_names: tuple[str, ...]
+    kinds: tuple[tuple[int, ...], ...]
 
     def size_at(self, start: int) -> np.float64:
         """Entries of each of the groups of the piece that begins there."""
@@ -134,7 +138,17 @@ def layout_of(
         sizes[member.start : member.start + member.groups] += entries / member.groups
     dtype = _numerics.tree_dtype([leaves[member.index][1] for member in members])
     names = devices.axis_names(axis_name) or ()
-    return Layout(tuple(members), vector, sizes.reshape(vector), dtype, names)
+    kinds = _kinds([(member, leaves[member.index][1]) for member in members])
+    return Layout(tuple(members), vector, sizes.reshape(vector), dtype, names, kinds)
+
+
+def _kinds(members: list[tuple[GroupedLeaf, Any]]) -> tuple[tuple[int, ...], ...]:
+    alike: dict[Any, dict[int, None]] = {}
+    for member, x in members:
+        role = re.sub(r"\d+", "#", member.path)
+        key = (role, member.kept, jnp.shape(x), getattr(jax.typeof(x), "sharding", None))
+        alike.setdefault(key, {})[member.start] = None
+    return tuple(tuple(starts) for starts in alike.values())
 
 
 def shape_of_norms(

@@ -24,15 +24,18 @@ def factors_for(
     thresholds: PerGroup[jax.Array],
 ) -> PerGroup[Factor]:
     """The factor of every group; from the pieces themselves where their thresholds are known."""
-    factor = factor_of(limiter, norms.vector, thresholds.vector)
+    factors = [
+        factor_of(limiter, *both) for both in zip(norms.blocks, thresholds.blocks, strict=True)
+    ]
     if thresholds.pieces:
         roots = {
             start: root_of_factor(limiter, norms.pieces[start], own)
             for start, own in thresholds.pieces.items()
         }
-        return PerGroup(factor, {start: Factor(root, root) for start, root in roots.items()})
+        return PerGroup(factors, {start: Factor(root, root) for start, root in roots.items()})
+    (factor,) = factors
     coarse, fine = (pieces.split(layout, part) for part in factor)
-    return PerGroup(factor, {start: Factor(coarse[start], fine[start]) for start in coarse})
+    return PerGroup(factors, {start: Factor(coarse[start], fine[start]) for start in coarse})
 
 
 def rescale(layout: Layout, updates: optax.Updates, factors: Mapping[int, Factor]) -> Any:

@@ -7,10 +7,13 @@ for every leaf, so that XLA would compile a kernel for every leaf, where leaves 
 share one.
 """
 
-from typing import Generic, NamedTuple, TypeVar
+import functools
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -28,13 +31,56 @@ class PerGroup(NamedTuple, Generic[T]):
     """One number for each group: a norm, a threshold, a factor.
 
     Attributes:
-        vector: All of them: of `layout.shape`.
+        blocks: All of them, in few arrays: one of `layout.shape`, or where that is not wanted (on a
+            mesh it would have to be gathered from all devices) one for each of `layout.kinds`.
         pieces: The same for each leaf, or for the group that several share, by
             `GroupedLeaf.start`. Empty where nobody needs them.
     """
 
-    vector: T
+    blocks: list[T]
     pieces: dict[int, T]
+
+
+def in_blocks(
+    layout: Layout, pieces: Pieces, gathered: bool, missing: float = 0
+) -> list[jax.Array]:
+    """The blocks of `PerGroup`.
+
+    Args:
+        layout: The layout.
+        pieces: The pieces.
+        gathered: Whether all groups are wanted in one array.
+        missing: What stands there for groups that no leaf takes part in.
+    """
+    if gathered:
+        return [concatenate(layout, pieces, missing)]
+    return [jnp.stack([pieces[start] for start in kind]) for kind in layout.kinds]
+
+
+def sizes_in_blocks(layout: Layout, gathered: bool) -> list[np.float64 | np.ndarray]:
+    """Entries per group, for each block."""
+    return [layout.sizes] if gathered else [layout.size_at(kind[0]) for kind in layout.kinds]
+
+
+def total(reduce: Callable[..., jax.Array], blocks: list[jax.Array]) -> jax.Array:
+    """One number of all groups: their sum, minimum, maximum, or whether all are true."""
+    plain = reduce.func if isinstance(reduce, functools.partial) else reduce
+    numbers = [reduce(block) for block in blocks]
+    return numbers[0] if len(numbers) == 1 else _numerics.in_pairs(_IN_TWO[plain], numbers)
+
+
+_IN_TWO: dict[Callable[..., jax.Array], Callable[..., jax.Array]] = {
+    jnp.sum: lax.add,
+    jnp.min: lax.min,
+    jnp.max: lax.max,
+    jnp.all: lax.bitwise_and,
+    jnp.any: lax.bitwise_or,
+}
+
+
+def can_total(reduce: Any) -> bool:
+    """Whether `total` knows how it works in parts."""
+    return reduce in _IN_TWO
 
 
 def concatenate(layout: Layout, pieces: Pieces, missing: float = 0) -> jax.Array:

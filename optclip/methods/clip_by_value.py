@@ -75,7 +75,7 @@ def clip_by_value(
                 leaves = layout_of(scopes.leaf, updates, axis_name, sharded)
                 by_leaf = measure.measure(leaves, norms.linf, updates)
                 leaf_norms = by_leaf.clamped()
-                peak = norms.pool(norms.linf, by_leaf, leaves.sizes)
+                peak = norms.pool(norms.linf, [by_leaf], [leaves.sizes])
             else:
                 peak = measure.measure(layout, norms.linf, updates)
             finite = jnp.all(jnp.isfinite(peak.value))

@@ -146,7 +146,7 @@ def leaf_average(
         return step.finite.astype(norms.dtype) + 1 < number_at(warmup_steps, step.count, norms)
 
     def threshold(memory, step, norms, params):
-        together = norm_kinds.pool(norm_kinds.l2, norm_kinds.plain(norms), 1).clamped()
+        together = norm_kinds.pool(norm_kinds.l2, [norm_kinds.plain(norms)], [1]).clamped()
         most = at(max_norm, step.count, norms)
         # Each keeps its share. Scaled, so that no reciprocal is flushed to zero.
         unit = jnp.where(together > 1, jnp.asarray(2.0**-60, norms.dtype), 1)

@@ -55,7 +55,7 @@ def test_norms_of_groups_pool_to_the_norm_of_all(name):
     for scale in (1.0, 1e-34, 3e8):
         groups = np.array([clips.norm(np.abs(scale * part), name) for part in parts])
         sizes = np.array([part.size for part in parts], float)
-        pooled = norms.pool(norm, norms.plain(jnp.asarray(groups, jnp.float32)), sizes)
+        pooled = norms.pool(norm, [norms.plain(jnp.asarray(groups, jnp.float32))], [sizes])
         right = clips.norm(np.abs(scale * np.concatenate(parts)), name)
         assert_right(np.float64(pooled.value) / np.float64(pooled.scale), right)
 
