@@ -170,7 +170,11 @@ def sums_at(
     Of a leaf that may be split over a mesh in several: XLA's partitioner adds up the parts of a
     reduction with one result, and gathers those of one with more.
     """
-    terms = [entries(x, None if s == 1 else jnp.full([], s, accumulator(x.dtype))) for s in scales]
+    others = [jnp.full([], s, accumulator(x.dtype)) for s in scales if s != 1]
+    # Not as constants, whose squares XLA would take out of the sum, and those are 0 and infinity.
+    x, *others = computed_anew(x, *others)
+    left = iter(others)
+    terms = [entries(x, None if s == 1 else next(left)) for s in scales]
     if _jax.may_be_split(x):
         return tuple(sum_along(term, axes) for term in terms)
     zeros = [np.zeros([], term.dtype) for term in terms]

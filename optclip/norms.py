@@ -348,10 +348,11 @@ def pool(
         for x, size in zip(groups, sizes, strict=True)
     )
     if norm.safety == "range":
-        values = [x.clamped() for x in groups]
-        sums = []
-        for scale in window_scales(norm, values[0].dtype):
-            scaled = [x * jnp.asarray(scale, x.dtype) if scale != 1 else x for x in values]
+        dtype, sums = groups[0].value.dtype, []
+        scales = [jnp.asarray(x, dtype) for x in window_scales(norm, dtype)]
+        # Not as constants, whose squares XLA would take out of the sum.
+        for scale in _numerics.computed_anew(*scales):
+            scaled = [x.value * (scale / x.scale) for x in groups]
             lifted = [norm.lift(x, size) for x, size in zip(scaled, sizes, strict=True)]
             sums.append(total(jnp.sum, lifted))
         return window(norm, sums, entries)

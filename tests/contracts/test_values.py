@@ -9,13 +9,11 @@ import pytest
 from helpers.registry import METHODS
 from helpers.running import (
     ROUNDOFF,
-    assert_entries_right,
+    assert_as_the_oracle,
     assert_right,
     bound_of,
-    clip_state,
     compiled,
     each_method,
-    held,
     readings,
     slack,
     start,
@@ -109,20 +107,7 @@ def test_3_updates_and_readings_are_the_oracles(method, name, filling):
     gradient = values(TREES[name], *filling)
     outcome = begin.oracle.peek(gradient, begin.params)
     updates, state = compiled(method)(gradient, begin.state, begin.params)
-    rtol = 1e-4 if method.has_memory else 1e-5
-    assert_entries_right(updates, outcome.updates, rtol)
-    read = readings(state)
-    for name, right in (
-        ("norm", held(outcome.norm)),
-        ("clipped_norm", held(outcome.clipped_norm)),
-        ("threshold", min(outcome.thresholds)),
-        ("factor", min(outcome.factors)),
-    ):
-        if not math.isnan(right):
-            assert_right(read[name], right, rtol, name)
-    before, steps = readings(begin.state)["clip_rate"], int(clip_state(begin.state).count)
-    rate = before + (outcome.share - before) / (steps + 1)
-    assert_right(read["clip_rate"], rate, rtol, "clip_rate")
+    assert_as_the_oracle(method, begin.state, updates, state, outcome)
 
 
 @each_method

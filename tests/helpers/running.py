@@ -142,6 +142,26 @@ def assert_entries_right(actual: Any, expected: Any, rtol: float = 1e-5) -> None
             )
 
 
+def assert_as_the_oracle(
+    method: Method, before: Any, updates: Any, state: Any, outcome: clips.Outcome
+) -> None:
+    """The updates and readings of a step, `before` being the state that it started from."""
+    rtol = 1e-4 if method.has_memory else 1e-5
+    assert_entries_right(updates, outcome.updates, rtol)
+    read = readings(state)
+    for name, right in (
+        ("norm", held(outcome.norm)),
+        ("clipped_norm", held(outcome.clipped_norm)),
+        ("threshold", min(outcome.thresholds)),
+        ("factor", min(outcome.factors)),
+    ):
+        if not math.isnan(right):
+            assert_right(read[name], right, rtol, name)
+    rate, steps = readings(before)["clip_rate"], int(clip_state(before).count)
+    rate += (outcome.share - rate) / (steps + 1)
+    assert_right(read["clip_rate"], rate, rtol, "clip_rate")
+
+
 def slack(dtype: Any) -> float:
     """By how much an entry may be off that is too small for its type: flushed, or half a step."""
     limits = jnp.finfo(dtype)
