@@ -51,6 +51,7 @@ class Norm(NamedTuple):
             always measured relative to the largest entry.
         entries: (leaf, scale) -> what the statistic is the sum of, entry by entry; None where it
             is no such sum.
+        averages: Whether it is a mean: the norm of two groups may be smaller than that of one.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Norm(NamedTuple):
     adds: bool = True
     safety: Literal["exact", "range", "peak"] = "range"
     entries: Callable[[jax.Array, jax.Array | None], jax.Array] | None = None
+    averages: bool = False
 
 
 def read(x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
@@ -155,6 +157,7 @@ rms = _of_sums(
     _squares,
     finish=lambda statistic, size: _root(_mean(statistic, size), 2),
     lift=lambda norm, size: norm * norm * jnp.asarray(size, norm.dtype),
+    averages=True,
 )
 """The root mean square, `sqrt(mean |x|^2)`."""
 
@@ -349,11 +352,13 @@ def pool(
     )
     if norm.safety == "range":
         dtype, sums = groups[0].value.dtype, []
-        scales = [jnp.asarray(x, dtype) for x in window_scales(norm, dtype)]
+        others = [jnp.asarray(x, dtype) for x in window_scales(norm, dtype)[1:]]
         # Not as constants, whose squares XLA would take out of the sum.
-        for scale in _numerics.computed_anew(*scales):
-            scaled = [x.value * (scale / x.scale) for x in groups]
-            lifted = [norm.lift(x, size) for x, size in zip(scaled, sizes, strict=True)]
+        for scale in (None, *_numerics.computed_anew(*others)):
+            lifted = [
+                norm.lift(_scaled_length(norm, x, scale), size)
+                for x, size in zip(groups, sizes, strict=True)
+            ]
             sums.append(total(jnp.sum, lifted))
         return window(norm, sums, entries)
     least = total(functools.partial(jnp.min, initial=1), [x.scale for x in groups])
@@ -369,6 +374,13 @@ def pool(
     lifted = [norm.lift(x / unit, size) for x, size in zip(values, sizes, strict=True)]
     share = norm.finish(total(norm.combine or jnp.max, lifted), entries)
     return Magnitude(share * unit, least * room)
+
+
+def _scaled_length(norm: Norm, group: Magnitude, scale: jax.Array | None) -> jax.Array:
+    if norm.averages:
+        return group.value * ((1 if scale is None else scale) / group.scale)
+    # Of a sum what is out of range here is so there too.
+    return group.clamped() if scale is None else group.clamped() * scale
 
 
 def plain(norms: jax.Array) -> Magnitude:
