@@ -184,7 +184,10 @@ def clip_by(
                 memory = where_learned(finite & (group_norms[0] > 0), memory, state.memory)
         outcome = Outcome(
             finite=finite,
-            norm=_pooled(norm, layout, magnitudes),
+            # Of a sum what is too large in a group is so of all together; of a mean it is not.
+            norm=_pooled(
+                norm, layout, magnitudes if norm.averages else list(map(norms.plain, group_norms))
+            ),
             clipped_norm=_pooled(norm, layout, list(map(norms.plain, clipped_norms))),
             threshold=_lowest(_of_present_groups(layout, threshold.blocks), jnp.inf),
             factor=_lowest(products, 1),

@@ -355,10 +355,8 @@ def pool(
         others = [jnp.asarray(x, dtype) for x in window_scales(norm, dtype)[1:]]
         # Not as constants, whose squares XLA would take out of the sum.
         for scale in (None, *_numerics.computed_anew(*others)):
-            lifted = [
-                norm.lift(_scaled_length(norm, x, scale), size)
-                for x, size in zip(groups, sizes, strict=True)
-            ]
+            lengths = [x.value * ((1 if scale is None else scale) / x.scale) for x in groups]
+            lifted = [norm.lift(x, size) for x, size in zip(lengths, sizes, strict=True)]
             sums.append(total(jnp.sum, lifted))
         return window(norm, sums, entries)
     least = total(functools.partial(jnp.min, initial=1), [x.scale for x in groups])
@@ -374,13 +372,6 @@ def pool(
     lifted = [norm.lift(x / unit, size) for x, size in zip(values, sizes, strict=True)]
     share = norm.finish(total(norm.combine or jnp.max, lifted), entries)
     return Magnitude(share * unit, least * room)
-
-
-def _scaled_length(norm: Norm, group: Magnitude, scale: jax.Array | None) -> jax.Array:
-    if norm.averages:
-        return group.value * ((1 if scale is None else scale) / group.scale)
-    # Of a sum what is out of range here is so there too.
-    return group.clamped() if scale is None else group.clamped() * scale
 
 
 def plain(norms: jax.Array) -> Magnitude:

@@ -109,8 +109,8 @@ def _asked(options: argparse.Namespace) -> tuple[list[Case], dict[str, Any], dic
         for dtype in [options.dtype] if options.dtype else DTYPES:
             cases += [Case(target, tree, dtype, contender) for contender in contenders]
     earlier = _results(options.compare) if options.compare else {}
-    again = options.json is not None and options.json.exists()
-    return cases, earlier, _results(options.json) if again else {}
+    file: Path | None = options.json
+    return cases, earlier, _results(file) if file is not None and file.exists() else {}
 
 
 def _results(file: Path) -> dict[str, Any]:

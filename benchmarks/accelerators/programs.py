@@ -24,12 +24,12 @@ LIKE = {
     "safeguard": CLIPPED_ADAMW,
     "skip_spikes": CLIPPED_ADAMW,
 }
-"""What a method without a counterpart of the same meaning is set beside; others: the global clip."""
+"""What a method without a counterpart is set beside; others: the global clip."""
 
 TREES = ("16-leaves", "1000-leaves")
 SLICED = trees.transformer(100_000_000)
 SPLIT_BACK = ("attention_out", "narrowing", "embedding")
-"""Of matrices the ends of the names of those that are split (tensor, fsdp); others the other way."""
+"""Ends of the names of matrices that are split (tensor, fsdp), and not the other way."""
 
 
 class Case(NamedTuple):
@@ -127,7 +127,8 @@ def measure(case: Case) -> dict[str, Any]:
     )
     compiled = lowered.compile()
     seconds = time.perf_counter() - began
-    found = reading.read(compiled.as_text() or "")
+    found, memory = reading.read(compiled.as_text() or ""), compiled.memory_analysis()
+    temporary = memory.temp_size_in_bytes if memory is not None else math.nan
     parts = {axis: size for axis, size in zip(AXES, case.target.mesh or (1, 1), strict=True)}
     size = jax.numpy.dtype(case.dtype).itemsize * sum(
         math.prod(x.shape) / math.prod(parts[axis] for axis in specs[name] if axis)
@@ -139,7 +140,7 @@ def measure(case: Case) -> dict[str, Any]:
         "conditionals": found.conditionals,
         "collectives": dict(found.collectives),
         "cycles": found.cycles,
-        "temporary_share": compiled.memory_analysis().temp_size_in_bytes / size,
+        "temporary_share": temporary / size,
         "compile_seconds": seconds,
     }
 

@@ -3,6 +3,8 @@
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -29,11 +31,18 @@ class Reading(NamedTuple):
     kernels: int = 0
     conditionals: int = 0
     cycles: int = 0
-    collectives: Counter[str] = Counter()
+    collectives: Mapping[str, int] = MappingProxyType({})
 
     def plus(self, other: "Reading") -> "Reading":
         """Both, one after the other."""
-        return Reading(*(a + b for a, b in zip(self, other, strict=True)))  # pyright: ignore
+        together = Counter(self.collectives) + Counter(other.collectives)
+        return Reading(
+            self.bytes + other.bytes,
+            self.kernels + other.kernels,
+            self.conditionals + other.conditionals,
+            self.cycles + other.cycles,
+            together,
+        )
 
 
 class _Instruction(NamedTuple):
@@ -68,6 +77,9 @@ def read(text: str) -> Reading:
         return total
 
     return of(main)
+
+
+_BRANCHES = "branch_computations|true_computation|false_computation"
 
 
 def _of_one(x: _Instruction, types: dict[str, str]) -> Reading:
