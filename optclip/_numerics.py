@@ -170,11 +170,7 @@ def sums_at(
     Of a leaf that may be split over a mesh in several: XLA's partitioner adds up the parts of a
     reduction with one result, and gathers those of one with more.
     """
-    others = [jnp.full([], s, accumulator(x.dtype)) for s in scales if s != 1]
-    # Not as constants, whose squares XLA would take out of the sum, and those are 0 and infinity.
-    x, *others = computed_anew(x, *others)
-    left = iter(others)
-    terms = [entries(x, None if s == 1 else next(left)) for s in scales]
+    terms = [entries(x, factor) for factor in _factors(scales, x)]
     if _jax.may_be_split(x):
         return tuple(sum_along(term, axes) for term in terms)
     zeros = [np.zeros([], term.dtype) for term in terms]
@@ -187,16 +183,70 @@ def sums_at(
 def _sums_at_jvp(entries: Any, scales: Any, axes: Axes, primals: Any, tangents: Any) -> Any:
     (x,), (x_dot,) = primals, tangents
 
-    def slope(scale: float) -> jax.Array:
-        def at_scale(x: jax.Array) -> jax.Array:
-            factor = None if scale == 1 else jnp.full([], scale, accumulator(x.dtype))
-            return entries(x, factor)
-
+    def slope(factor: jax.Array | None) -> jax.Array:
         # At a scale that is not for this entry its slope may be infinite, and 0 * inf is NaN.
-        tame = jnp.where(jnp.isfinite(at_scale(x)), x, jnp.zeros_like(x))
-        return sum_along(jax.jvp(at_scale, (tame,), (x_dot,))[1], axes)
+        tame = jnp.where(jnp.isfinite(entries(x, factor)), x, jnp.zeros_like(x))
+        return sum_along(jax.jvp(lambda x: entries(x, factor), (tame,), (x_dot,))[1], axes)
 
-    return sums_at(entries, scales, axes, x), tuple(map(slope, scales))
+    return sums_at(entries, scales, axes, x), tuple(map(slope, _factors(scales, x)))
+
+
+def _factors(scales: tuple[float, ...], x: jax.Array) -> list[jax.Array | None]:
+    """Scales as XLA must not know them: it would take squares of constants, 0 or infinity, out."""
+    dtype = accumulator(x.dtype)
+    others = iter(computed_anew(*(jnp.full([], s, dtype) for s in scales if s != 1)))
+    return [None if s == 1 else next(others) for s in scales]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def largest_and_counts(
+    axes: Axes, x: jax.Array, half: jax.Array, bound: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """In one reduction along `axes`: the largest modulus, and how many entries are what.
+
+    Args:
+        axes: The axes, which are dropped where they are all and kept otherwise.
+        x: The leaf.
+        half: What entries are multiplied by first, for a complex modulus that overflows.
+        bound: What moduli are compared with, so multiplied.
+
+    Returns:
+        The largest modulus, the number of entries that are not finite, and of those above `bound`.
+    """
+    size = modulus(scaled(widened(x), half))
+    one, zero = jnp.ones_like(size), jnp.zeros_like(size)
+    terms = (
+        size,
+        jnp.where(jnp.isfinite(size), zero, one),
+        jnp.where(size > bound.astype(size.dtype), one, zero),
+    )
+    if _jax.may_be_split(x):  # See `sums_at`.
+        kept = len(axes) < x.ndim
+        peak = jnp.max(size, axis=axes, keepdims=kept, initial=0)
+        return peak, sum_along(terms[1], axes), sum_along(terms[2], axes)
+    nothing = np.zeros([], size.dtype)
+    found = lax.reduce(
+        terms,
+        (nothing,) * 3,
+        lambda a, b: [lax.max(a[0], b[0]), lax.add(a[1], b[1]), lax.add(a[2], b[2])],
+        axes,
+    )
+    kept = [1 if axis in axes else length for axis, length in enumerate(x.shape)]
+    peak, other, above = (y if len(axes) == x.ndim else jnp.reshape(y, kept) for y in found)
+    return peak, other, above
+
+
+@largest_and_counts.defjvp
+def _largest_and_counts_jvp(axes: Axes, primals: Any, tangents: Any) -> Any:
+    (x, half, bound), (x_dot, _, _) = primals, tangents
+    kept = len(axes) < x.ndim
+
+    def peak_of(x: jax.Array) -> jax.Array:
+        return jnp.max(modulus(scaled(widened(x), half)), axis=axes, keepdims=kept, initial=0)
+
+    peak, *counts = largest_and_counts(axes, x, half, bound)
+    slope = jax.jvp(peak_of, (x,), (x_dot,))[1]
+    return (peak, *counts), (slope, *map(jnp.zeros_like, counts))
 
 
 def sum_in_64_bits(entries: Callable[..., jax.Array], x: jax.Array, axes: Axes) -> jax.Array:

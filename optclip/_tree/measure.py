@@ -1,5 +1,6 @@
 """The norms of a tree, right at every magnitude."""
 
+import functools
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from optclip import _numerics, norms
 from optclip._tree import devices, pieces, ranges
 from optclip._tree.layout import Layout, select_leaves
 from optclip._tree.pieces import PerGroup
-from optclip._tree.statistics import finished, statistics_of
+from optclip._tree.statistics import by_group, finished, over_devices, statistics_of
 from optclip.norms import Magnitude, Norm
 
 
@@ -71,6 +72,54 @@ def _everywhere(layout: Layout, value: float) -> pieces.Pieces:
     return {member.start: number for member in layout.members}
 
 
+def largest_and_share(
+    layout: Layout, updates: optax.Updates, bound: jax.Array
+) -> tuple[PerGroup[Magnitude], jax.Array]:
+    """The largest entry of every group, and the share of all entries above a bound.
+
+    The share means nothing where an entry is not finite.
+    """
+    ways = {"cpu": _in_two_looks, "default": _in_one_look}
+    own = {platform: functools.partial(way, layout) for platform, way in ways.items()}
+    return _numerics.by_platform(own, updates, bound)
+
+
+def _in_two_looks(
+    layout: Layout, updates: optax.Updates, bound: jax.Array
+) -> tuple[PerGroup[Magnitude], jax.Array]:
+    """Counting reads the gradient once more, so it is left out where nothing is above."""
+    (found,) = measure_together(layout, norms.linf, updates)
+    above = jnp.any(found.blocks[0].clamped() > bound)
+    share = _numerics.where_needed(
+        above,
+        lambda updates: share_above(layout, updates, bound),
+        lambda updates: 0 * above.astype(layout.dtype),
+        updates,
+    )
+    return found, share
+
+
+def _in_one_look(
+    layout: Layout, updates: optax.Updates, bound: jax.Array
+) -> tuple[PerGroup[Magnitude], jax.Array]:
+    leaves = select_leaves(layout, updates)
+    if layout.dtype == jnp.float64:
+        leaves = [_numerics.widened(x, layout.dtype) for x in leaves]
+    # The modulus of a complex number may overflow where its parts do not.
+    half = 0.5 if any(map(jnp.iscomplexobj, leaves)) else 1
+    found = [
+        _numerics.largest_and_counts(
+            member.axes, x, jnp.full([], half, _numerics.accumulator(x.dtype)), half * bound
+        )
+        for member, x in zip(layout.members, leaves, strict=True)
+    ]
+    peaks = [jnp.where(other > 0, jnp.inf, peak) for peak, other, _ in found]
+    counts = [jnp.sum(above).astype(layout.dtype) for _, _, above in found]
+    of_groups = over_devices(layout, norms.linf, [by_group(layout, norms.linf, peaks)])[0]
+    share = _share(layout, counts)
+    return finished(layout, norms.linf, of_groups, half, gathered=True), share
+
+
 def share_above(layout: Layout, updates: optax.Updates, threshold: jax.Array) -> jax.Array:
     """The share of entries whose modulus is above the threshold."""
 
@@ -83,10 +132,15 @@ def share_above(layout: Layout, updates: optax.Updates, threshold: jax.Array) ->
         excess = jnp.maximum(_numerics.modulus(_numerics.widened(x)), bound) - bound
         return jnp.sum(jnp.minimum(excess * steep, one)).astype(layout.dtype)
 
-    counts = [jnp.zeros([], layout.dtype)]
-    for member, x in zip(layout.members, select_leaves(layout, updates), strict=True):
-        counts.append(count(x) / member.sharding.copies)
-    total = _numerics.in_pairs(lax.add, counts)
+    return _share(layout, [count(x) for x in select_leaves(layout, updates)])
+
+
+def _share(layout: Layout, counts: list[jax.Array]) -> jax.Array:
+    """Of counts in the leaves the share of all entries."""
+    own = [jnp.zeros([], layout.dtype)]
+    for member, count in zip(layout.members, counts, strict=True):
+        own.append(count / member.sharding.copies)
+    total = _numerics.in_pairs(lax.add, own)
     if layout.axis_names:
         total = lax.psum(devices.as_varying(total, layout.axis_names), layout.axis_names)
-    return total / np.maximum(layout.sizes, 1).astype(layout.dtype)
+    return total / np.maximum(np.sum(layout.sizes), 1).astype(layout.dtype)

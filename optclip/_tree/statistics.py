@@ -36,7 +36,7 @@ def statistics_of(
         _statistics_here(layout, norm, leaves, scale, compact)
         for leaves, scale in zip(forest, scales, strict=True)
     ]
-    return _over_devices(layout, norm, own)
+    return over_devices(layout, norm, own)
 
 
 def windows_of(
@@ -44,11 +44,11 @@ def windows_of(
 ) -> list[list[Pieces]]:
     """The same at several scales in one pass: for each tree, and each scale."""
     own = [_windows_here(layout, norm, leaves, scales) for leaves in forest]
-    found = _over_devices(layout, norm, [pieces for of_tree in own for pieces in of_tree])
+    found = over_devices(layout, norm, [pieces for of_tree in own for pieces in of_tree])
     return [found[at : at + len(scales)] for at in range(0, len(found), len(scales))]
 
 
-def _over_devices(layout: Layout, norm: Norm, own: list[Pieces]) -> list[Pieces]:
+def over_devices(layout: Layout, norm: Norm, own: list[Pieces]) -> list[Pieces]:
     """Statistics of this device's parts, over all devices: with one sum for all of them."""
     if not layout.axis_names:
         return own
@@ -74,7 +74,7 @@ def _statistics_here(
     if compact and norm.entries is not None and norm.combine is jnp.sum and layout.shape == ():
         return {0: _total_of_alike(layout, norm.entries, members)} if members else {}
     statistics = [norm.statistic(x, member.axes, own_scale) for member, x, own_scale in members]
-    return _by_group(layout, norm, statistics)
+    return by_group(layout, norm, statistics)
 
 
 def _windows_here(
@@ -94,10 +94,10 @@ def _windows_here(
             _numerics.sums_at(norm.entries, scales, member.axes, x)
             for member, x in zip(layout.members, leaves, strict=True)
         ]
-    return [_by_group(layout, norm, [x[at] for x in found]) for at in range(len(scales))]
+    return [by_group(layout, norm, [x[at] for x in found]) for at in range(len(scales))]
 
 
-def _by_group(layout: Layout, norm: Norm, statistics: list[jax.Array]) -> Pieces:
+def by_group(layout: Layout, norm: Norm, statistics: list[jax.Array]) -> Pieces:
     """From the statistics of the leaves those of the groups, each in its place."""
     found: dict[int, list[jax.Array]] = {}
     for member, statistic in zip(layout.members, statistics, strict=True):

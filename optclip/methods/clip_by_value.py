@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _numerics, limiters, norms, scopes
+from optclip import limiters, norms, scopes
 from optclip._checks import at, check_number
 from optclip._tree import limit, measure
-from optclip._tree.layout import Layout, layout_of
+from optclip._tree.layout import layout_of
 from optclip.clipping import Nonfinite, check_nonfinite
 from optclip.state import ClipState, LeafDetail, Outcome, init_state_by_leaf, update_state
 
@@ -69,21 +69,18 @@ def clip_by_value(
         del params, extra_args
         state = init(updates) if state is None else state
         layout = layout_of(scopes.tree, updates, axis_name, sharded)
-        leaf_norms = None
+        measured = layout_of(scopes.leaf, updates, axis_name, sharded) if detail else layout
+        threshold = at(max_delta, state.count, jnp.zeros([], layout.dtype))
         with jax.named_scope("optclip/measure"):
+            found, share = measure.largest_and_share(measured, updates, threshold)
+            (peak,) = found.blocks
+            leaf_norms = peak.clamped() if detail else None
             if detail:
-                leaves = layout_of(scopes.leaf, updates, axis_name, sharded)
-                by_leaf = measure.measure(leaves, norms.linf, updates)
-                leaf_norms = by_leaf.clamped()
-                peak = norms.pool(norms.linf, [by_leaf], [leaves.sizes])
-            else:
-                peak = measure.measure(layout, norms.linf, updates)
+                peak = norms.pool(norms.linf, [peak], [measured.sizes])
             finite = jnp.all(jnp.isfinite(peak.value))
         with jax.named_scope("optclip/limit"):
-            threshold = at(max_delta, state.count, peak.value)
             bound = jnp.where(finite, threshold, jnp.inf)
             factor = limiters.factor_of(limiters.rescale, peak, bound)
-            share = _share_above(layout, updates, peak.clamped(), bound)
             updates = limit.clamp(layout, updates, bound)
             zeroed = nonfinite == "zero"
             if zeroed:
@@ -95,7 +92,7 @@ def clip_by_value(
             clipped_norm=jnp.where(finite, left, 0) if zeroed else left,
             threshold=threshold,
             factor=jnp.where(finite, factor.product(), 0) if zeroed else factor.product(),
-            share=share,
+            share=jnp.where(finite, share, 0),
         )
         groups: LeafDetail | tuple[()] = ()
         if leaf_norms is not None:
@@ -105,17 +102,3 @@ def clip_by_value(
         return updates, update_state(state, outcome, (), groups)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _share_above(
-    layout: Layout, updates: optax.Updates, peak: jax.Array, bound: jax.Array
-) -> jax.Array:
-    """The share of entries above the bound."""
-    # Counting reads the gradient once more, so it is left out where nothing is clipped.
-    above = peak > bound
-    return _numerics.where_needed(
-        above,
-        lambda updates: measure.share_above(layout, updates, bound),
-        lambda updates: 0 * above.astype(layout.dtype),
-        updates,
-    )

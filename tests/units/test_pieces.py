@@ -83,7 +83,7 @@ def test_spam_reads_a_number_where_entry_and_bound_are_0(later):
     assert float(state.factor) == (0 if any(later) else 1)
 
 
-COMPUTATIONS = {"clip_by_leaf_norm": 52, "clip_by_block_rms": 52, "adaptive_grad_clip": 66}
+COMPUTATIONS = {"clip_by_leaf_norm": 52, "clip_by_block_rms": 52, "adaptive_grad_clip": 90}
 """How many different ones a step of SGD may have, on the CPU, with every jax that is supported."""
 
 
@@ -95,8 +95,8 @@ def test_leaves_that_are_alike_share_what_is_compiled(name):
         "clip_by_block_rms": optclip.clip_by_block_rms(1.0),
         "adaptive_grad_clip": optclip.adaptive_grad_clip(0.01),
     }[name]
-    few, many = different_computations(clip, 10), different_computations(clip, 50)
-    assert many < few + 10  # Eighty leaves more.
+    few, many = different_computations(clip, 40), different_computations(clip, 50)
+    assert many < few + 5  # Twenty leaves more.
     assert many <= COMPUTATIONS[name]
 
 
