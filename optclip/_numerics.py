@@ -157,8 +157,9 @@ def by_platform(ways: dict[str, Callable[..., Any]], *operands: Any) -> Any:
     first = jax.tree.leaves(operands)[0] if jax.tree.leaves(operands) else np.zeros([])
     if _jax.is_traced(first):
         return lax.platform_dependent(*operands, **ways)
-    platform = next(iter(first.devices())).platform if isinstance(first, jax.Array) else None
-    return ways.get(platform or jax.default_backend(), ways["default"])(*operands)
+    known = isinstance(first, jax.Array)
+    platform = next(iter(first.devices())).platform if known else jax.default_backend()
+    return ways.get({"gpu": "cuda"}.get(platform, platform), ways["default"])(*operands)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))

@@ -184,11 +184,8 @@ def clip_by(
                 memory = where_learned(finite & (group_norms[0] > 0), memory, state.memory)
         outcome = Outcome(
             finite=finite,
-            # Of a sum what is too large in a group is so of all together; of a mean it is not.
-            norm=_pooled(
-                norm, layout, magnitudes if norm.averages else list(map(norms.plain, group_norms))
-            ),
-            clipped_norm=_pooled(norm, layout, list(map(norms.plain, clipped_norms))),
+            norm=_pooled(norm, layout, group_norms, magnitudes),
+            clipped_norm=_pooled(norm, layout, clipped_norms),
             threshold=_lowest(_of_present_groups(layout, threshold.blocks), jnp.inf),
             factor=_lowest(products, 1),
             share=_share_above(layout, group_norms, bound.blocks),
@@ -278,11 +275,20 @@ def _share_above(
     return pieces.total(jnp.sum, above) / present
 
 
-def _pooled(norm: Norm, layout: Layout, groups: list[Magnitude]) -> jax.Array:
+def _pooled(
+    norm: Norm,
+    layout: Layout,
+    lengths: list[jax.Array],
+    magnitudes: list[Magnitude] | None = None,
+) -> jax.Array:
     """The norm of all groups together."""
     if layout.shape == ():
-        return groups[0].clamped()
-    sizes = pieces.sizes_in_blocks(layout, groups[0].value.shape == layout.shape)
+        return lengths[0]
+    groups = [norms.plain(x) for x in lengths]
+    # Of a sum what is too large in a group is so of all together; of a mean it is not.
+    if norm.averages and magnitudes is not None:
+        groups = magnitudes
+    sizes = pieces.sizes_in_blocks(layout, lengths[0].shape == layout.shape)
     return norms.pool(norm, groups, sizes, pieces.total).clamped()
 
 

@@ -16,8 +16,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optclip import _numerics, norms
+from optclip._numerics import Axes
 from optclip._tree import pieces
 from optclip._tree.layout import Layout
 from optclip._tree.pieces import PerGroup
@@ -25,6 +27,7 @@ from optclip._tree.statistics import (
     Forest,
     assembled,
     finished,
+    is_ours,
     of_piece,
     statistics_of,
     windows_of,
@@ -87,28 +90,31 @@ def _in_three_windows(layout: Layout, norm: Norm, gathered: bool, forest: Forest
 
 
 def _in_64_bits(layout: Layout, norm: Norm, gathered: bool, forest: Forest) -> Found:
-    assert norm.entries is not None
+    of_leaf = _leaf_in_64_bits_once if is_ours(norm) else _leaf_in_64_bits
     found = []
     for leaves in forest:
-        by_piece = {}
-        for member, x in zip(layout.members, leaves, strict=True):
-            if jnp.iscomplexobj(x):  # JAX loses its dtype in derivatives there.
-                sums = _numerics.sums_at(
-                    norm.entries, norms.window_scales(norm, layout.dtype), member.axes, x
-                )
-                by_piece[member.start] = _in_range(norm, sums, layout.size_at(member.start))
-                continue
-            with jax.enable_x64(True):
-                total = _numerics.sum_in_64_bits(norm.entries, x, member.axes)
-                length = norm.finish(total, layout.size_at(member.start))
-                # The norm of float32 entries may itself be out of float32's range.
-                scale = jnp.where(length > 2.0**60, 2.0**-60, 1.0)
-                scale = jnp.where(length < 2.0**-60, 2.0**60, scale)
-                both = Magnitude(length * scale, scale)
-                by_piece[member.start] = jax.tree.map(lambda x: x.astype(jnp.float32), both)
+        by_piece = {
+            member.start: of_leaf(norm, x, member.axes, layout.size_at(member.start))
+            for member, x in zip(layout.members, leaves, strict=True)
+        }
         found.append(assembled(layout, by_piece, gathered))
     return found
 
 
+def _leaf_in_64_bits(norm: Norm, x: jax.Array, axes: Axes, size: np.float64) -> Magnitude:
+    assert norm.entries is not None
+    if jnp.iscomplexobj(x):  # JAX loses its dtype in derivatives there.
+        scales = norms.window_scales(norm, jnp.float32)
+        return norms.window(norm, _numerics.sums_at(norm.entries, scales, axes, x), size)
+    with jax.enable_x64(True):
+        length = norm.finish(_numerics.sum_in_64_bits(norm.entries, x, axes), size)
+        # The norm of float32 entries may itself be out of float32's range.
+        scale = jnp.where(length > 2.0**60, 2.0**-60, 1.0)
+        scale = jnp.where(length < 2.0**-60, 2.0**60, scale)
+        both = Magnitude(length * scale, scale)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), both)
+
+
+_leaf_in_64_bits_once = jax.jit(_leaf_in_64_bits, static_argnums=(0, 2, 3))
 _range_scale = of_piece(norms.range_scale)
 _in_range = of_piece(norms.window)

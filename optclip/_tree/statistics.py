@@ -90,11 +90,21 @@ def _windows_here(
             for member, x in zip(layout.members, leaves, strict=True)
         ]
     else:
+        sums_at = _sums_at_once if is_ours(norm) else _numerics.sums_at
         found = [
-            _numerics.sums_at(norm.entries, scales, member.axes, x)
+            sums_at(norm.entries, scales, member.axes, x)
             for member, x in zip(layout.members, leaves, strict=True)
         ]
     return [by_group(layout, norm, [x[at] for x in found]) for at in range(len(scales))]
+
+
+_sums_at_once = jax.jit(_numerics.sums_at, static_argnums=(0, 1, 2), inline=True)
+"""The same, traced and lowered once for all leaves that are alike."""
+
+
+def is_ours(norm: Norm) -> bool:
+    """Whether it may be traced once: norms of others may read what changes, or not be hashable."""
+    return any(norm is own for own in (norms.l1, norms.l2, norms.rms))
 
 
 def by_group(layout: Layout, norm: Norm, statistics: list[jax.Array]) -> Pieces:
@@ -205,15 +215,11 @@ def assembled(layout: Layout, norms: dict[int, Magnitude], gathered: bool) -> Pe
 
 
 def of_piece(function: Callable[..., Any]) -> Callable[..., Any]:
-    """(norm, statistics, size) -> arrays, traced once for all pieces that are alike.
-
-    With norms of others as it is: they may read what changes, and need not be hashable.
-    """
+    """(norm, statistics, size) -> arrays, traced once for all pieces that are alike."""
     traced_once = jax.jit(function, static_argnums=(0, 2))
 
     def of_piece(norm: Norm, statistics: Any, size: np.float64) -> Any:
-        ours = any(norm is own for own in (norms.l1, norms.l2, norms.rms))
-        return (traced_once if ours else function)(norm, statistics, size)
+        return (traced_once if is_ours(norm) else function)(norm, statistics, size)
 
     return of_piece
 

@@ -99,7 +99,8 @@ def clip_by_leaf_norm(
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with a `ClipState`; `clip_rate` reads the share
-        of leaves clipped. Cost: one pass over the gradient; another one where a leaf is all zero.
+        of leaves clipped. Cost: one pass over the gradient; on a CPU another one where a leaf is
+        all zero.
 
     Raises:
         ValueError: If `max_norm` is concrete and negative or NaN.
@@ -154,7 +155,8 @@ def clip_by_group_norm(
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with a `ClipState`; `clip_rate` reads the share
-        of groups clipped. Cost: one pass over the gradient; another one where a group is all zero.
+        of groups clipped. Cost: one pass over the gradient; on a CPU another one where a group is
+        all zero.
 
     Raises:
         ValueError: If a bound is concrete and negative or NaN, or, when it meets a gradient, if a
@@ -216,8 +218,8 @@ def clip_by_block_rms(
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with a `ClipState`; `norm` reads the root mean
-        square of all leaves together. Cost: one pass over the updates; another one where a leaf is
-        all zero.
+        square of all leaves together. Cost: one pass over the updates; on a CPU another one where
+        a leaf is all zero.
 
     Raises:
         ValueError: If `threshold` is concrete and negative or NaN.

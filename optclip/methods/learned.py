@@ -253,7 +253,7 @@ def adagc(
     Returns:
         An `optax.GradientTransformationExtraArgs` with a `ClipState`; `clip_rate` reads the share
         of tensors clipped. State: one float per tensor, in one vector. Cost: one pass over the
-        gradient; another one where a tensor is all zero.
+        gradient; on a CPU another one where a tensor is all zero.
 
     Raises:
         ValueError: If a concrete argument is out of its range.

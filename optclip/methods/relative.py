@@ -48,8 +48,8 @@ def adaptive_grad_clip(
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with a `ClipState`; `clip_rate` reads the share
-        of units clipped. Cost: one pass over the gradient and one over the parameters; another one
-        over those of the two in which a unit is all zero.
+        of units clipped. Cost: one pass over the gradient and one over the parameters; on a CPU
+        another one over those of the two in which a unit is all zero.
 
     Raises:
         ValueError: If `clipping` or `eps` is concrete and negative or NaN, if an axis does not
