@@ -175,9 +175,14 @@ def sums_at(
     if _jax.may_be_split(x):
         return tuple(sum_along(term, axes) for term in terms)
     zeros = [np.zeros([], term.dtype) for term in terms]
-    sums = lax.reduce(tuple(terms), tuple(zeros), lambda a, b: [*map(lax.add, a, b)], axes)
+    sums = lax.reduce(tuple(terms), tuple(zeros), _sums, axes)
     kept = [1 if axis in axes else length for axis, length in enumerate(x.shape)]
     return tuple(sums) if len(axes) == x.ndim else tuple(jnp.reshape(y, kept) for y in sums)
+
+
+def _sums(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
+    # By name, as the next one: a lambda would be another function in every trace.
+    return [*map(lax.add, a, b)]
 
 
 @sums_at.defjvp
@@ -229,12 +234,16 @@ def largest_and_counts(
     found = lax.reduce(
         terms,
         (nothing,) * 3,
-        lambda a, b: [lax.max(a[0], b[0]), lax.add(a[1], b[1]), lax.add(a[2], b[2])],
+        _larger_and_sums,
         axes,
     )
     kept = [1 if axis in axes else length for axis, length in enumerate(x.shape)]
     peak, other, above = (y if len(axes) == x.ndim else jnp.reshape(y, kept) for y in found)
     return peak, other, above
+
+
+def _larger_and_sums(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
+    return [lax.max(a[0], b[0]), *map(lax.add, a[1:], b[1:])]
 
 
 @largest_and_counts.defjvp
