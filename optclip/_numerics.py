@@ -270,7 +270,8 @@ def sum_in_64_bits(entries: Callable[..., jax.Array], x: jax.Array, axes: Axes) 
     if axes != tuple(range(len(axes))) or len(axes) == x.ndim:
         return sum_along(entries(x, None), axes)
     rows, columns, stripes = x.shape[axes[-1]], math.prod(kept), 1
-    while rows % (2 * stripes) == 0 and columns * stripes < WIDE:
+    whole = not _jax.may_be_split(x)  # Stripes of a leaf that is split would be exchanged.
+    while whole and rows % (2 * stripes) == 0 and columns * stripes < WIDE:
         stripes *= 2
     if stripes == 1:
         return sum_along(entries(x, None), axes)
