@@ -174,10 +174,22 @@ def sums_at(
     terms = [entries(x, factor) for factor in _factors(scales, x)]
     if _jax.may_be_split(x):
         return tuple(sum_along(term, axes) for term in terms)
-    zeros = [np.zeros([], term.dtype) for term in terms]
-    sums = lax.reduce(tuple(terms), tuple(zeros), _sums, axes)
-    kept = [1 if axis in axes else length for axis, length in enumerate(x.shape)]
-    return tuple(sums) if len(axes) == x.ndim else tuple(jnp.reshape(y, kept) for y in sums)
+    return _reduced_together(tuple(terms), _sums, axes)
+
+
+def _reduced_together(
+    terms: tuple[jax.Array, ...], combine: Callable[..., Any], axes: Axes
+) -> tuple[jax.Array, ...]:
+    """Several arrays of one shape, in one reduction; dimensions are kept as `sum_along` does."""
+    shape = terms[0].shape
+    found = lax.reduce(terms, tuple(np.zeros([], x.dtype) for x in terms), combine, axes)
+    if len(axes) == len(shape):
+        return tuple(found)
+    return tuple(jnp.reshape(x, _kept(shape, axes)) for x in found)
+
+
+def _kept(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+    return tuple(1 if axis in axes else length for axis, length in enumerate(shape))
 
 
 def _sums(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
@@ -230,15 +242,7 @@ def largest_and_counts(
         kept = len(axes) < x.ndim
         peak = jnp.max(size, axis=axes, keepdims=kept, initial=0)
         return peak, sum_along(terms[1], axes), sum_along(terms[2], axes)
-    nothing = np.zeros([], size.dtype)
-    found = lax.reduce(
-        terms,
-        (nothing,) * 3,
-        _larger_and_sums,
-        axes,
-    )
-    kept = [1 if axis in axes else length for axis, length in enumerate(x.shape)]
-    peak, other, above = (y if len(axes) == x.ndim else jnp.reshape(y, kept) for y in found)
+    peak, other, above = _reduced_together(terms, _larger_and_sums, axes)
     return peak, other, above
 
 
@@ -266,7 +270,7 @@ def sum_in_64_bits(entries: Callable[..., jax.Array], x: jax.Array, axes: Axes) 
     gives a block of a GPU to 32 columns, and for a few blocks it does not fuse the conversion.
     """
     x = lax.convert_element_type(x, jnp.complex128 if jnp.iscomplexobj(x) else jnp.float64)
-    kept = [1 if axis in axes else length for axis, length in enumerate(x.shape)]
+    kept = _kept(x.shape, axes)
     if axes != tuple(range(len(axes))) or len(axes) == x.ndim:
         return sum_along(entries(x, None), axes)
     rows, columns, stripes = x.shape[axes[-1]], math.prod(kept), 1

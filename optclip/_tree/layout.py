@@ -49,6 +49,11 @@ class GroupedLeaf(NamedTuple):
         """How many groups the leaf has, or takes part in."""
         return math.prod(self.kept)
 
+    @property
+    def role(self) -> str:
+        """The path without its numbers: the same for the leaves of repeated layers."""
+        return re.sub(r"\d+", "#", self.path)
+
 
 class Layout(NamedTuple):
     """What a scope makes of one tree; all of it static.
@@ -145,8 +150,7 @@ def layout_of(
 def _kinds(members: list[tuple[GroupedLeaf, Any]]) -> tuple[tuple[int, ...], ...]:
     alike: dict[Any, dict[int, None]] = {}
     for member, x in members:
-        role = re.sub(r"\d+", "#", member.path)
-        key = (role, member.kept, jnp.shape(x), getattr(jax.typeof(x), "sharding", None))
+        key = (member.role, member.kept, jnp.shape(x), getattr(jax.typeof(x), "sharding", None))
         alike.setdefault(key, {})[member.start] = None
     return tuple(tuple(starts) for starts in alike.values())
 

@@ -66,21 +66,22 @@ def total(reduce: Callable[..., jax.Array], blocks: list[jax.Array]) -> jax.Arra
     """One number of all groups: their sum, minimum, maximum, or whether all are true."""
     plain = reduce.func if isinstance(reduce, functools.partial) else reduce
     numbers = [reduce(block) for block in blocks]
-    return numbers[0] if len(numbers) == 1 else _numerics.in_pairs(_IN_TWO[plain], numbers)
+    return numbers[0] if len(numbers) == 1 else _numerics.in_pairs(IN_TWO[plain], numbers)
 
 
-_IN_TWO: dict[Callable[..., jax.Array], Callable[..., jax.Array]] = {
+IN_TWO: dict[Callable[..., jax.Array], Callable[..., jax.Array]] = {
     jnp.sum: lax.add,
     jnp.min: lax.min,
     jnp.max: lax.max,
     jnp.all: lax.bitwise_and,
     jnp.any: lax.bitwise_or,
 }
+"""What a reduction does to two numbers."""
 
 
 def can_total(reduce: Any) -> bool:
     """Whether `total` knows how it works in parts."""
-    return reduce in _IN_TWO
+    return reduce in IN_TWO
 
 
 def concatenate(layout: Layout, pieces: Pieces, missing: float = 0) -> jax.Array:

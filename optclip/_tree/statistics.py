@@ -4,7 +4,6 @@ Inside `shard_map` each device puts the statistics of its parts in their places,
 the mesh both adds up what is split and gathers what is not.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -126,7 +125,7 @@ def _scales(layout: Layout, scale: Pieces | None) -> Sequence[jax.Array | None]:
 def _combined(norm: Norm, statistics: list[jax.Array]) -> jax.Array:
     if len(statistics) == 1 or norm.combine is None:
         return statistics[0]
-    in_two = {jnp.sum: lax.add, jnp.max: lax.max}.get(norm.combine)
+    in_two = pieces.IN_TWO.get(norm.combine)
     if in_two is None:
         return norm.combine(jnp.stack(statistics), axis=0)
     return _numerics.in_pairs(in_two, statistics)
@@ -150,8 +149,7 @@ def _total_of_alike(
     """
     alike: dict[Any, list[tuple[jax.Array, jax.Array | None]]] = {}
     for member, x, scale in members:
-        role = re.sub(r"\d+", "#", member.path)
-        key = (role, jax.typeof(x), member.sharding.copies)
+        key = (member.role, jax.typeof(x), member.sharding.copies)
         alike.setdefault(key, []).append((x, scale))
     totals = []
     for (*_, copies), some in alike.items():
