@@ -50,9 +50,18 @@ def computed_anew(*arrays: jax.Array) -> tuple[jax.Array, ...]:
       of them (`unshared`); so are the powers, bounds and constants of `norms`, `_tree` and
       `methods.clippy`, which pass together with the leaf.
     - A bound for each entry, by which `methods.spam_clip` first counts and then clips.
-    - `0 * x`, which is no 0 where x is not finite (`nan_if_nonfinite`): as constant it is folded.
+    - `0 * x`, which is no 0 where x is not finite (`peak`): as constant it is folded.
     """
     return lax.optimization_barrier(arrays)
+
+
+def cast_anew(leaves: list[jax.Array]) -> list[jax.Array]:
+    """The same leaves, whose casts XLA shares with no other pass over them.
+
+    For a CPU only: XLA for a GPU casts in every kernel, and what an optimizer hands on would be
+    written to memory first.
+    """
+    return [x if x.dtype == wide_dtype(x) else computed_anew(x)[0] for x in leaves]
 
 
 def unshared(arrays: list[jax.Array]) -> list[jax.Array]:
@@ -80,6 +89,10 @@ def sum_along(x: jax.Array, axes: Axes) -> jax.Array:
     return jnp.sum(x, axis=axes, keepdims=len(axes) < x.ndim)
 
 
+def max_along(x: jax.Array, axes: Axes) -> jax.Array:
+    return jnp.max(x, axis=axes, keepdims=len(axes) < x.ndim)
+
+
 @jax.custom_jvp
 def square_root(x: jax.Array) -> jax.Array:
     """The square root, with derivative 0 at 0, in a form that XLA fuses into a reduction."""
@@ -93,15 +106,38 @@ def _square_root_jvp(primals: tuple[jax.Array], tangents: tuple[Any]) -> Any:
     return root, jnp.where(zero, 0, 0.5 / jnp.where(zero, 1, root)) * tangents[0]
 
 
-def nan_if_nonfinite(x: jax.Array, axes: Axes) -> jax.Array:
-    """0 where all entries along `axes` are finite, NaN elsewhere.
+def peak(sizes: jax.Array, x: jax.Array, axes: Axes) -> jax.Array:
+    """The largest of `sizes` along `axes`; infinity where an entry of `x` is not finite.
 
-    XLA's maximum of a large array on a CPU passes over NaN. A sum does not: 0 * x adds nothing
-    where x is finite and NaN elsewhere. It reads the leaf once more.
+    Args:
+        sizes: At least 0, made of `x`, and not finite where that is not.
+        x: A leaf with entries.
+        axes: The axes, which are dropped where they are all and kept otherwise.
+    """
+    own = {"cpu": _peak_and_sum, "default": _peak_at_once}
+    return by_platform({k: functools.partial(way, axes) for k, way in own.items()}, sizes, x)
+
+
+def _peak_at_once(axes: Axes, sizes: jax.Array, x: jax.Array) -> jax.Array:
+    del x
+    return max_along(infinite_unless_finite(sizes), axes)
+
+
+def _peak_and_sum(axes: Axes, sizes: jax.Array, x: jax.Array) -> jax.Array:
+    """A maximum on a CPU passes over NaN, and comparing first takes it five times as long.
+
+    A sum does not: 0 * x adds nothing where x is finite and NaN elsewhere. It reads the leaf once
+    more.
     """
     x, nothing = computed_anew(x, jnp.zeros([], accumulator(x.dtype)))
     zero = scaled(widened(x), nothing)
-    return sum_along(zero.real if jnp.iscomplexobj(zero) else zero, axes)
+    poison = sum_along(zero.real if jnp.iscomplexobj(zero) else zero, axes)
+    return jnp.where(jnp.isnan(poison), jnp.inf, max_along(sizes, axes))
+
+
+def infinite_unless_finite(sizes: jax.Array) -> jax.Array:
+    """Sizes with infinity, which no maximum passes over, in place of NaN."""
+    return jnp.where(jnp.isfinite(sizes), sizes, jnp.inf)
 
 
 def largest(dtype: jax.typing.DTypeLike) -> float:
@@ -162,39 +198,70 @@ def by_platform(ways: dict[str, Callable[..., Any]], *operands: Any) -> Any:
     return ways.get({"gpu": "cuda"}.get(platform, platform), ways["default"])(*operands)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def sums_at(
-    entries: Callable[..., jax.Array], scales: tuple[float, ...], axes: Axes, x: jax.Array
-) -> tuple[jax.Array, ...]:
-    """The sums along `axes` of entries(x, scale) for every scale, in one reduction.
+InTwo = Callable[[jax.Array, jax.Array], jax.Array]
 
-    Of a leaf that may be split over a mesh in several: XLA's partitioner adds up the parts of a
-    reduction with one result, and gathers those of one with more.
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def reduced_together(
+    kinds: tuple[InTwo, ...], axes: Axes, *terms: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Several arrays of one shape, reduced along `axes` in one look at what they are made of.
+
+    Of a leaf that may be split over a mesh in several looks: XLA's partitioner adds up the parts
+    of a reduction with one result, and gathers those of one with more.
+
+    Args:
+        kinds: For each array lax.add or lax.max.
+        axes: The axes, which are dropped where they are all and kept otherwise.
+        *terms: The arrays, which have entries.
     """
-    terms = [entries(x, factor) for factor in _factors(scales, x)]
-    if _jax.may_be_split(x):
-        return tuple(sum_along(term, axes) for term in terms)
-    return _reduced_together(tuple(terms), _sums, axes)
-
-
-def _reduced_together(
-    terms: tuple[jax.Array, ...], combine: Callable[..., Any], axes: Axes
-) -> tuple[jax.Array, ...]:
-    """Several arrays of one shape, in one reduction; dimensions are kept as `sum_along` does."""
+    if _jax.may_be_split(terms[0]):
+        return _reduced_apart(kinds, axes, *terms)
     shape = terms[0].shape
-    found = lax.reduce(terms, tuple(np.zeros([], x.dtype) for x in terms), combine, axes)
+    starts = (
+        np.full([], 0 if kind is lax.add else -np.inf, x.dtype)
+        for kind, x in zip(kinds, terms, strict=True)
+    )
+    found = lax.reduce(terms, tuple(starts), _combination(kinds), axes)
     if len(axes) == len(shape):
         return tuple(found)
     return tuple(jnp.reshape(x, _kept(shape, axes)) for x in found)
+
+
+def _reduced_apart(kinds: tuple[InTwo, ...], axes: Axes, *terms: jax.Array) -> Any:
+    return tuple(
+        sum_along(x, axes) if kind is lax.add else max_along(x, axes)
+        for kind, x in zip(kinds, terms, strict=True)
+    )
+
+
+@reduced_together.defjvp
+def _reduced_together_jvp(kinds: tuple[InTwo, ...], axes: Axes, primals: Any, tangents: Any) -> Any:
+    apart = functools.partial(_reduced_apart, kinds, axes)
+    return reduced_together(kinds, axes, *primals), jax.jvp(apart, primals, tangents)[1]
+
+
+@functools.cache
+def _combination(kinds: tuple[InTwo, ...]) -> Callable[..., Any]:
+    """How two entries of each are combined; the same function in every trace."""
+
+    def combined(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
+        return [kind(x, y) for kind, x, y in zip(kinds, a, b, strict=True)]
+
+    return combined
 
 
 def _kept(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
     return tuple(1 if axis in axes else length for axis, length in enumerate(shape))
 
 
-def _sums(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
-    # By name, as the next one: a lambda would be another function in every trace.
-    return [*map(lax.add, a, b)]
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def sums_at(
+    entries: Callable[..., jax.Array], scales: tuple[float, ...], axes: Axes, x: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The sums along `axes` of entries(x, scale) for every scale; see `reduced_together`."""
+    terms = [entries(x, factor) for factor in _factors(scales, x)]
+    return reduced_together((lax.add,) * len(terms), axes, *terms)
 
 
 @sums_at.defjvp
@@ -214,53 +281,6 @@ def _factors(scales: tuple[float, ...], x: jax.Array) -> list[jax.Array | None]:
     dtype = accumulator(x.dtype)
     others = iter(computed_anew(*(jnp.full([], s, dtype) for s in scales if s != 1)))
     return [None if s == 1 else next(others) for s in scales]
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def largest_and_counts(
-    axes: Axes, x: jax.Array, half: jax.Array, bound: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """In one reduction along `axes`: the largest modulus, and how many entries are what.
-
-    Args:
-        axes: The axes, which are dropped where they are all and kept otherwise.
-        x: The leaf.
-        half: What entries are multiplied by first, for a complex modulus that overflows.
-        bound: What moduli are compared with, so multiplied.
-
-    Returns:
-        The largest modulus, the number of entries that are not finite, and of those above `bound`.
-    """
-    size = modulus(scaled(widened(x), half))
-    one, zero = jnp.ones_like(size), jnp.zeros_like(size)
-    terms = (
-        size,
-        jnp.where(jnp.isfinite(size), zero, one),
-        jnp.where(size > bound.astype(size.dtype), one, zero),
-    )
-    if _jax.may_be_split(x):  # See `sums_at`.
-        kept = len(axes) < x.ndim
-        peak = jnp.max(size, axis=axes, keepdims=kept, initial=0)
-        return peak, sum_along(terms[1], axes), sum_along(terms[2], axes)
-    peak, other, above = _reduced_together(terms, _larger_and_sums, axes)
-    return peak, other, above
-
-
-def _larger_and_sums(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
-    return [lax.max(a[0], b[0]), *map(lax.add, a[1:], b[1:])]
-
-
-@largest_and_counts.defjvp
-def _largest_and_counts_jvp(axes: Axes, primals: Any, tangents: Any) -> Any:
-    (x, half, bound), (x_dot, _, _) = primals, tangents
-    kept = len(axes) < x.ndim
-
-    def peak_of(x: jax.Array) -> jax.Array:
-        return jnp.max(modulus(scaled(widened(x), half)), axis=axes, keepdims=kept, initial=0)
-
-    peak, *counts = largest_and_counts(axes, x, half, bound)
-    slope = jax.jvp(peak_of, (x,), (x_dot,))[1]
-    return (peak, *counts), (slope, *map(jnp.zeros_like, counts))
 
 
 def sum_in_64_bits(entries: Callable[..., jax.Array], x: jax.Array, axes: Axes) -> jax.Array:

@@ -68,13 +68,8 @@ class Norm(NamedTuple):
 
 
 def read(x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
-    """A leaf as statistics read it: widened, and scaled.
-
-    The cast is not shared with that of the rescaling pass; see `_numerics.computed_anew`.
-    """
-    if x.dtype != _numerics.wide_dtype(x):
-        (x,) = _numerics.computed_anew(x)
-        x = _numerics.widened(x)
+    """A leaf as statistics read it: widened, and scaled."""
+    x = _numerics.widened(x)
     return x if scale is None else _numerics.scaled(x, scale)
 
 
@@ -119,10 +114,7 @@ def _powers(x: jax.Array, scale: jax.Array | None, *, power: float) -> jax.Array
 
 
 def _largest(x: jax.Array, axes: Axes, scale: jax.Array | None) -> jax.Array:
-    kept = len(axes) < x.ndim
-    peak = jnp.max(_numerics.modulus(read(x, scale)), axis=axes, keepdims=kept, initial=0)
-    # Infinity is as non-finite as NaN, and no later maximum passes over it.
-    return jnp.where(jnp.isnan(_numerics.nan_if_nonfinite(x, axes)), jnp.inf, peak)
+    return _numerics.peak(_moduli(x, scale), x, axes)
 
 
 def _mean(statistic: jax.Array, size: Size) -> jax.Array:
@@ -181,7 +173,7 @@ linf = Norm(
     adds=False,
     safety="exact",
 )
-"""The largest absolute value. It reads the gradient twice: once for the maximum, once for NaN."""
+"""The largest absolute value. A CPU reads the gradient once more, for NaN."""
 
 
 def lp(power: float) -> Norm:

@@ -10,6 +10,7 @@ import optax
 from jax import lax
 
 from optclip import _numerics, norms
+from optclip._numerics import Axes
 from optclip._tree import devices, pieces, ranges
 from optclip._tree.layout import Layout, select_leaves
 from optclip._tree.pieces import PerGroup
@@ -45,8 +46,7 @@ def measure_together(
             return ranges.measured(layout, norm, forest, gathered)
         plain = statistics_of(layout, norm, forest, [None] * len(forest))
         return [finished(layout, norm, x, 1, gathered) for x in plain]
-    # The modulus of a complex number may overflow where its parts do not: by a factor below 2.
-    halves = [0.5 if any(jnp.iscomplexobj(x) for x in leaves) else 1 for leaves in forest]
+    halves = [room_for_moduli(leaves) for leaves in forest]
     halved = [None if half == 1 else _everywhere(layout, half) for half in halves]
     if norm.safety == "exact":
         statistics = statistics_of(layout, norm, forest, halved)
@@ -64,6 +64,11 @@ def measure_together(
     statistics = statistics_of(layout, norm, forest, scales)
     pairs = zip(statistics, scales, strict=True)
     return [finished(layout, norm, x, scale, gathered) for x, scale in pairs]
+
+
+def room_for_moduli(leaves: list[jax.Array]) -> float:
+    """What to multiply entries by first: the modulus of a complex number may overflow."""
+    return 0.5 if any(map(jnp.iscomplexobj, leaves)) else 1
 
 
 def _everywhere(layout: Layout, value: float) -> pieces.Pieces:
@@ -105,18 +110,19 @@ def _in_one_look(
     leaves = select_leaves(layout, updates)
     if layout.dtype == jnp.float64:
         leaves = [_numerics.widened(x, layout.dtype) for x in leaves]
-    # The modulus of a complex number may overflow where its parts do not.
-    half = 0.5 if any(map(jnp.iscomplexobj, leaves)) else 1
-    found = [
-        _numerics.largest_and_counts(
-            member.axes, x, jnp.full([], half, _numerics.accumulator(x.dtype)), half * bound
-        )
-        for member, x in zip(layout.members, leaves, strict=True)
-    ]
-    peaks = [jnp.where(other > 0, jnp.inf, peak) for peak, other, _ in found]
-    counts = [jnp.sum(above).astype(layout.dtype) for _, _, above in found]
+    half = room_for_moduli(leaves)
+
+    def look(axes: Axes, x: jax.Array) -> tuple[jax.Array, ...]:
+        dtype = _numerics.accumulator(x.dtype)
+        size = _numerics.modulus(_numerics.scaled(_numerics.widened(x), jnp.full([], half, dtype)))
+        above = (size > (half * bound).astype(dtype)).astype(dtype)
+        size = _numerics.infinite_unless_finite(size)
+        return _numerics.reduced_together((lax.max, lax.add), axes, size, above)
+
+    found = [look(member.axes, x) for member, x in zip(layout.members, leaves, strict=True)]
+    peaks, counts = [peak for peak, _ in found], [jnp.sum(above) for _, above in found]
     of_groups = over_devices(layout, norms.linf, [by_group(layout, norms.linf, peaks)])[0]
-    share = _share(layout, counts)
+    share = _share(layout, [x.astype(layout.dtype) for x in counts])
     return finished(layout, norms.linf, of_groups, half, gathered=True), share
 
 

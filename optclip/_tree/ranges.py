@@ -51,6 +51,7 @@ def measured(layout: Layout, norm: Norm, forest: Forest, gathered: bool) -> Foun
 
 
 def _with_a_second_look(layout: Layout, norm: Norm, gathered: bool, forest: Forest) -> Found:
+    forest = [_numerics.cast_anew(leaves) for leaves in forest]
     plain = statistics_of(layout, norm, forest, [None] * len(forest))
     scales = [
         {at: _range_scale(norm, x, layout.size_at(at)) for at, x in of_tree.items()}

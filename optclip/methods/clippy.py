@@ -1,6 +1,7 @@
 """Clippy: a bound on every entry of the update, relative to its parameter, that keeps direction."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optclip import _numerics, scopes
+from optclip import _numerics, norms, scopes
 from optclip._checks import at, check_number
 from optclip._tree import devices, limit, pieces
 from optclip._tree.layout import Layout, layout_of, select_leaves
@@ -48,8 +49,8 @@ def clippy(
     Returns:
         An `optax.GradientTransformationExtraArgs` with a `ClipState`. `norm` reads the largest
         ratio of an entry to its bound, so `threshold` is 1; `clip_rate` the share of leaves
-        clipped. No memory. Cost: a pass over updates and parameters, and one more over the updates
-        for NaN.
+        clipped. No memory. Cost: a pass over updates and parameters; on a CPU one more over the
+        updates, for NaN.
 
     Raises:
         ValueError: If an argument is concrete and negative or NaN, or `update` gets no `params`.
@@ -135,34 +136,44 @@ def _roots_of_ratios(
 
     The root stays in range where the ratio does not. Infinity where an entry is not finite.
     """
-
-    def of_leaf(x: jax.Array, w: jax.Array) -> jax.Array:
-        poison = _numerics.nan_if_nonfinite(x, tuple(range(x.ndim)))
-        least = jnp.full([], jnp.finfo(_numerics.accumulator(w.dtype)).tiny, layout.dtype)
-        half = jnp.full([], 0.5, layout.dtype)
-        # No bound at all is none for parameters of 0 either.
-        alpha = jnp.where(jnp.isinf(relative), jnp.inf, absolute)
-        rho = jnp.minimum(relative, _numerics.largest(relative.dtype))
-        x, w, *scalars = _numerics.computed_anew(x, w, rho, alpha, least, half)
-        rho, alpha, least, half = scalars
-        # Halves, since the modulus of a complex number may overflow where its parts do not.
-        size = _numerics.modulus(_numerics.scaled(_numerics.widened(x), half))
-        weight = _numerics.modulus(_numerics.scaled(_numerics.widened(w), half))
-        rho, alpha, least = (x.astype(weight.dtype) for x in (rho, half * alpha, least))
-        bound = jnp.maximum(rho * weight + alpha, least)
-        root = jnp.max(
-            _numerics.square_root(size) / _numerics.square_root(bound).astype(size.dtype)
-        )
-        return jnp.where(jnp.isfinite(poison), root, jnp.inf).astype(layout.dtype)
-
-    pairs = zip(select_leaves(layout, updates), select_leaves(layout, params), strict=True)
+    # No bound at all is none for parameters of 0 either.
+    alpha = jnp.where(jnp.isinf(relative), jnp.inf, absolute)
+    rho = jnp.minimum(relative, _numerics.largest(relative.dtype))
+    pairs = list(zip(select_leaves(layout, updates), select_leaves(layout, params), strict=True))
+    # XLA for a CPU would broadcast the numbers once for all leaves, and write that to memory.
+    ways = {"cpu": _numerics.computed_anew, "default": lambda *leaves: leaves}
+    found = _numerics.by_platform(
+        {k: functools.partial(_roots_of_leaves, way) for k, way in ways.items()}, pairs, rho, alpha
+    )
     roots = {
-        member.start: of_leaf(x, w) for member, (x, w) in zip(layout.members, pairs, strict=True)
+        member.start: root.astype(layout.dtype)
+        for member, root in zip(layout.members, found, strict=True)
     }
     if not layout.axis_names:
         return roots
     own = devices.as_varying(pieces.concatenate(layout, roots), layout.axis_names)
     return pieces.split(layout, lax.pmax(own, layout.axis_names))
+
+
+def _roots_of_leaves(
+    read: Callable[..., tuple[jax.Array, ...]],
+    pairs: list[tuple[jax.Array, jax.Array]],
+    relative: jax.Array,
+    absolute: jax.Array,
+) -> list[jax.Array]:
+    def of_leaf(x: jax.Array, w: jax.Array) -> jax.Array:
+        # Halves, since the modulus of a complex number may overflow where its parts do not.
+        half = jnp.full([], 0.5, relative.dtype)
+        least = jnp.full([], jnp.finfo(_numerics.accumulator(w.dtype)).tiny, relative.dtype)
+        own, w, rho, alpha, least, half = read(x, w, relative, half * absolute, least, half)
+        size = _numerics.modulus(norms.read(own, half))
+        weight = _numerics.modulus(norms.read(w, half))
+        rho, alpha, least = (x.astype(weight.dtype) for x in (rho, alpha, least))
+        bound = jnp.maximum(rho * weight + alpha, least)
+        root = _numerics.square_root(size) / _numerics.square_root(bound).astype(size.dtype)
+        return _numerics.peak(root, x, tuple(range(x.ndim)))
+
+    return [of_leaf(x, w) for x, w in pairs]
 
 
 def _largest(ratios: jax.Array, finite: jax.Array) -> jax.Array:

@@ -1,8 +1,9 @@
 """SPAM's spike-aware clip: every entry against its own second moment."""
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from optclip._checks import check_decay, check_number, number_at
 from optclip._tree import devices, limit, measure
 from optclip._tree.layout import Layout, layout_of, select_leaves
 from optclip.clipping import NEEDS_STATE_MSG, Nonfinite, check_nonfinite
+from optclip.norms import Magnitude
 from optclip.state import ClipState, Outcome, init_state, step_of, update_state
 from optclip.thresholds.averages import LearnFrom, check_learn_from
 
@@ -50,8 +52,8 @@ def spam_clip(
         An `optax.GradientTransformationExtraArgs` with a `ClipState`. `norm` and `clipped_norm`
         read the largest entry, `threshold` the smallest bound, `clip_rate` the share of entries
         clipped. State: one float32 for every entry of the parameters. Cost: it reads and writes
-        that state, and takes four passes over the gradient for the readings, and two more where an
-        entry is clipped.
+        that state, and takes one pass over both for the readings; on a CPU four over the gradient,
+        and two more where an entry is clipped.
 
     Raises:
         ValueError: If a concrete argument is out of its range.
@@ -92,94 +94,164 @@ def spam_clip(
         theta, keep, warmup = (
             number_at(x, state.count, like) for x in (threshold, decay, warmup_steps)
         )
-        with jax.named_scope("optclip/measure"):
-            magnitude = measure.measure(layout, norms.linf, updates)
-            finite = jnp.isfinite(magnitude.value)
-        acting = finite & (step_of(state).finite.astype(layout.dtype) >= warmup)
+        warm = step_of(state).finite.astype(layout.dtype) >= warmup
         moments, treedef = jax.tree.flatten(state.memory)
         pairs = list(zip(select_leaves(layout, updates), moments, strict=True))
-        rise = jnp.where(acting, jnp.sqrt(theta), jnp.inf)
-        # The largest ratio of an entry to its bound, and the smallest bound, negative.
-        extremes = [(like, like - jnp.inf)]
-        extremes += [_extremes(x, moment, rise) for x, moment in pairs]
-        both = [_largest(layout.dtype, some) for some in zip(*extremes, strict=True)]
-        worst, tightest = _over_devices(lax.pmax, layout, jnp.stack(both))
-        # It reads everything once more, so it is left out where nothing is clipped.
-        clipping = acting & (worst > 1)
-        nothing = 0 * clipping.astype(layout.dtype)
-        left, count = _numerics.where_needed(
-            clipping,
-            lambda pairs, rise: _look_closer(layout, pairs, rise),
-            lambda pairs, rise: (nothing, nothing),
-            pairs,
-            rise,
-        )
-        # A number of its own for the second pass: bounds computed from the same are shared.
-        rise, left, count = _numerics.computed_anew(rise, left, count)
+        rise = jnp.where(warm, jnp.sqrt(theta), jnp.inf)
+        with jax.named_scope("optclip/measure"):
+            ways = {"cpu": _in_several_looks, "default": _in_one_look}
+            own = {platform: functools.partial(way, layout) for platform, way in ways.items()}
+            seen = _numerics.by_platform(own, updates, moments, rise)
+            finite = jnp.isfinite(seen.largest.value)
+        # Nothing of a step that is not finite is clipped. A number of its own for the second pass:
+        # bounds computed from the same are shared.
+        (rise,) = _numerics.computed_anew(jnp.where(finite, rise, jnp.inf))
         with jax.named_scope("optclip/limit"):
             leaves, structure = jax.tree.flatten(updates)
             learned = []
             for member, (x, moment) in zip(layout.members, pairs, strict=True):
-                leaves[member.index] = _limited(x, moment, rise)
-                new = _learned(x, moment, None if learn_from == "raw" else rise, keep)
-                learned.append(jnp.where(finite, new, moment))
+                entries = _bounded(x, moment, rise)
+                leaves[member.index] = _limited(entries).astype(x.dtype)
+                new = _learned(entries, keep, raw=learn_from == "raw")
+                new = jnp.where(finite, new, entries.moment)
+                learned.append(_numerics.narrowed(new, moment.dtype))
             updates = jax.tree.unflatten(structure, leaves)
             if nonfinite == "zero":
                 updates = limit.zeroed_unless(finite, updates)
         zeroed = nonfinite == "zero"
-        clipped_norm = jnp.where(worst > 1, left, magnitude.clamped())
+        norm = seen.largest.clamped()
+        clipped_norm = jnp.where(seen.worst > 1, jnp.minimum(seen.left, norm), norm)
         outcome = Outcome(
             finite=finite,
-            norm=magnitude.clamped(),
-            clipped_norm=jnp.where(finite, clipped_norm, 0 if zeroed else magnitude.value),
-            threshold=-tightest,
-            factor=jnp.where(finite, 1 / jnp.maximum(worst, 1), 0 if zeroed else 1),
-            share=count / max(float(layout.sizes), 1),
+            norm=norm,
+            clipped_norm=jnp.where(finite, clipped_norm, 0 if zeroed else norm),
+            threshold=jnp.where(finite, seen.tightest, jnp.inf),
+            factor=jnp.where(finite, 1 / jnp.maximum(seen.worst, 1), 0 if zeroed else 1),
+            share=jnp.where(finite, seen.count, 0) / max(float(layout.sizes), 1),
         )
         return updates, update_state(state, outcome, jax.tree.unflatten(treedef, learned))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _bounded(
-    x: jax.Array, moment: jax.Array, rise: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A leaf widened, its moduli, and the bounds on them: infinity where the moment is 0.
+class _Seen(NamedTuple):
+    """What the readings are made of.
 
-    Whoever asks computes them anew: shared, they would be written out.
+    Attributes:
+        largest: The largest entry; not finite where one is not.
+        worst: The largest ratio of an entry to its bound.
+        tightest: The smallest bound.
+        left: The largest entry after clipping, where one is clipped.
+        count: How many entries are clipped.
     """
+
+    largest: Magnitude
+    worst: jax.Array
+    tightest: jax.Array
+    left: jax.Array
+    count: jax.Array
+
+
+def _in_several_looks(
+    layout: Layout, updates: optax.Updates, moments: list[jax.Array], rise: jax.Array
+) -> _Seen:
+    """The last one is left out where nothing is clipped."""
+    magnitude = measure.measure(layout, norms.linf, updates)
+    pairs = list(zip(select_leaves(layout, updates), moments, strict=True))
+    zero = jnp.zeros([], layout.dtype)
+    extremes = [(zero, zero - jnp.inf), *(_extremes(x, moment, rise) for x, moment in pairs)]
+    both = [_largest(layout.dtype, some) for some in zip(*extremes, strict=True)]
+    worst, tightest = _over_devices(lax.pmax, layout, jnp.stack(both))
+    clipping = jnp.isfinite(magnitude.value) & (worst > 1)
+    nothing = 0 * clipping.astype(layout.dtype)
+    left, count = _numerics.where_needed(
+        clipping,
+        functools.partial(_look_closer, layout),
+        lambda pairs, rise: (nothing, nothing),
+        pairs,
+        rise,
+    )
+    return _Seen(magnitude, worst, -tightest, left, count)
+
+
+def _in_one_look(
+    layout: Layout, updates: optax.Updates, moments: list[jax.Array], rise: jax.Array
+) -> _Seen:
+    """Without a condition, for accelerators."""
+    leaves, dtype = select_leaves(layout, updates), layout.dtype
+    half = jnp.full([], measure.room_for_moduli(leaves), dtype)
+    zero = jnp.zeros([], dtype)
+    found: list[tuple[jax.Array, ...]] = [(zero, zero, zero - jnp.inf, zero, zero)]
+    for member, x, moment in zip(layout.members, leaves, moments, strict=True):
+        wide, _, size, bound = _bounded(x, moment, rise)
+        halved = _numerics.modulus(_numerics.scaled(wide, half))
+        terms = (
+            _numerics.infinite_unless_finite(halved),
+            halved / jnp.maximum(bound, jnp.finfo(bound.dtype).tiny),  # Not 0 / 0.
+            -bound,
+            jnp.minimum(size, bound),
+            (size > bound).astype(size.dtype),
+        )
+        kinds = (lax.max,) * 4 + (lax.add,)
+        *largest, count = _numerics.reduced_together(kinds, tuple(range(x.ndim)), *terms)
+        found.append((*largest, count / member.sharding.copies))
+    *extremes, counts = zip(*found, strict=True)
+    both = jnp.stack([_largest(dtype, some) for some in extremes])
+    peak, worst, tightest, left = _over_devices(lax.pmax, layout, both)
+    count = _numerics.in_pairs(lax.add, [x.astype(dtype) for x in counts])
+    count = _over_devices(lax.psum, layout, count)
+    return _Seen(Magnitude(peak, half), worst / half, -tightest, left, count)
+
+
+class _Entries(NamedTuple):
+    """A leaf and its memory, in one dtype.
+
+    Attributes:
+        x: The leaf.
+        moment: The root of its second moment.
+        size: The moduli of the leaf.
+        bound: What they may be: infinity where the moment is 0.
+    """
+
+    x: jax.Array
+    moment: jax.Array
+    size: jax.Array
+    bound: jax.Array
+
+
+def _bounded(x: jax.Array, moment: jax.Array, rise: jax.Array) -> _Entries:
+    """Whoever asks computes them anew: shared, they would be written out."""
     x, moment, rise = _numerics.computed_anew(x, moment, rise)
     # Beside a 64-bit gradient or moment the other is 64-bit too.
     dtype = moment.dtype if moment.dtype == jnp.float64 else _numerics.accumulator(x.dtype)
-    wide, moment = _numerics.widened(x, dtype), moment.astype(dtype)
-    return (
-        wide,
-        _numerics.modulus(wide),
-        jnp.where(moment > 0, rise.astype(dtype) * moment, jnp.inf),
-    )
+    x, moment = _numerics.widened(x, dtype), moment.astype(dtype)
+    bound = jnp.where(moment > 0, rise.astype(dtype) * moment, jnp.inf)
+    return _Entries(x, moment, _numerics.modulus(x), bound)
 
 
 def _extremes(x: jax.Array, moment: jax.Array, rise: jax.Array) -> tuple[jax.Array, jax.Array]:
-    _, size, bound = _bounded(x, moment, rise)
-    ratio = jnp.max(size / jnp.maximum(bound, jnp.finfo(bound.dtype).tiny))  # Not 0 / 0.
-    _, _, bound = _bounded(x, moment, rise)
-    return ratio, -jnp.min(bound)
+    ratio = jnp.max(_ratio(_bounded(x, moment, rise)))
+    return ratio, -jnp.min(_bounded(x, moment, rise).bound)
 
 
-def _limited(x: jax.Array, moment: jax.Array, rise: jax.Array) -> jax.Array:
-    wide, _, bound = _bounded(x, moment, rise)
+def _ratio(entries: _Entries) -> jax.Array:
+    tiny = jnp.finfo(entries.bound.dtype).tiny
+    return entries.size / jnp.maximum(entries.bound, tiny)  # Not 0 / 0.
+
+
+def _limited(entries: _Entries) -> jax.Array:
+    x, _, _, bound = entries
     if not jnp.iscomplexobj(x):
-        return lax.clamp(-bound, wide, bound).astype(x.dtype)
-    factor = limit.entry_factor(wide, bound)
-    return _numerics.scaled(_numerics.scaled(wide, factor.coarse), factor.fine).astype(x.dtype)
+        return lax.clamp(-bound, x, bound)
+    factor = limit.entry_factor(x, bound)
+    return _numerics.scaled(_numerics.scaled(x, factor.coarse), factor.fine)
 
 
-def _learned(x: jax.Array, moment: jax.Array, rise: jax.Array | None, keep: jax.Array) -> jax.Array:
-    """The root of v, as squares would leave the range; mixed as v is. Raw where `rise` is None."""
-    _, size, bound = _bounded(x, moment, jnp.ones_like(keep) if rise is None else rise)
-    seen = size if rise is None else jnp.minimum(size, bound)
-    learned = _numerics.rms_ema(moment.astype(seen.dtype), seen, keep.astype(seen.dtype))
-    return _numerics.narrowed(learned, moment.dtype)
+def _learned(entries: _Entries, keep: jax.Array, *, raw: bool) -> jax.Array:
+    """The root of v, as squares would leave the range; mixed as v is."""
+    _, moment, size, bound = entries
+    seen = size if raw else jnp.minimum(size, bound)
+    return _numerics.rms_ema(moment, seen, keep.astype(moment.dtype))
 
 
 def _look_closer(
@@ -188,9 +260,9 @@ def _look_closer(
     """The largest entry that is left, and how many were clipped."""
     left, counts = [jnp.zeros([], layout.dtype)], [jnp.zeros([], layout.dtype)]
     for member, (x, moment) in zip(layout.members, pairs, strict=True):
-        _, size, bound = _bounded(x, moment, rise)
+        _, _, size, bound = _bounded(x, moment, rise)
         left.append(jnp.max(jnp.minimum(size, bound)))
-        _, size, bound = _bounded(x, moment, rise)
+        _, _, size, bound = _bounded(x, moment, rise)
         counts.append(jnp.sum((size > bound).astype(layout.dtype)) / member.sharding.copies)
     largest = _over_devices(lax.pmax, layout, _largest(layout.dtype, left))
     return largest, _over_devices(lax.psum, layout, _numerics.in_pairs(lax.add, counts))

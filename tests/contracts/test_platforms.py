@@ -39,17 +39,27 @@ def test_2_and_3_are_right_at_every_magnitude(method, platform, forced):
             assert_as_the_oracle(method, begin.state, updates, state, outcome)
 
 
+CLIPS = {
+    f"{norm.name} by {scope.name}": optclip.clip_by(0.5, norm=norm, scope=scope)
+    for norm in (norms.l1, norms.l2, norms.rms, norms.linf)
+    for scope in (scopes.leaf, scopes.unit())
+} | {
+    "clip_by_value": optclip.clip_by_value(0.5),
+    "clippy": optclip.clippy(),
+    "spam_clip": optclip.spam_clip(threshold=0.5, warmup_steps=0),
+}
+
+
 @each_platform
-@pytest.mark.parametrize("scope", ["leaf", "unit"])
-@pytest.mark.parametrize("norm", ["l1", "l2", "rms"])
-def test_4_derivatives_are_those_of_a_cpu(norm, scope, platform, monkeypatch):
-    clip = optclip.clip_by(
-        0.5, norm=getattr(norms, norm), scope={"leaf": scopes.leaf, "unit": scopes.unit()}[scope]
-    )
+@pytest.mark.parametrize("name", CLIPS)
+def test_4_derivatives_are_those_of_a_cpu(name, platform, monkeypatch):
+    clip = CLIPS[name]
     ordinary, weights = values(TREES["nested"], seed=3), values(TREES["nested"], seed=4)
 
     def loss(gradient):
-        updates, _ = clip.update(gradient, clip.init(gradient))
+        first = jax.tree.map(lambda u, w: u + w.astype(u.dtype), gradient, weights)
+        state = clip.update(first, clip.init(gradient), weights)[1]
+        updates, _ = clip.update(gradient, state, weights)
         products = jax.tree.map(lambda u, w: jnp.sum((u * w).real), updates, weights)
         return jax.tree.reduce(jnp.add, products)
 
