@@ -235,8 +235,12 @@ def check_nonfinite(nonfinite: str) -> None:
 
 def _works_in_parts(rule: Rule, norm: Norm, layout: Layout) -> bool:
     """Whether all can be known without one array of all groups, where there are units."""
-    units = any(member.groups > 1 for member in layout.members)
-    if not units or layout.axis_names or not rule.separable or not pieces.can_total(norm.combine):
+    if (
+        not layout.has_units
+        or layout.axis_names
+        or not rule.separable
+        or not pieces.can_total(norm.combine)
+    ):
         return False
     # With another number of groups, so that nothing fits by chance.
     more = jax.ShapeDtypeStruct((layout.sizes.size + 1,), layout.dtype)

@@ -75,6 +75,16 @@ class Layout(NamedTuple):
     axis_names: tuple[str, ...]
     kinds: tuple[tuple[int, ...], ...]
 
+    @property
+    def has_units(self) -> bool:
+        """Whether a leaf has several groups."""
+        return any(member.groups > 1 for member in self.members)
+
+    @property
+    def in_one_vector(self) -> bool:
+        """Whether there is one number for each leaf, or for several."""
+        return self.shape != () and not self.has_units
+
     def size_at(self, start: int) -> np.float64:
         """Entries of each of the groups of the piece that begins there."""
         return np.float64(self.sizes.reshape(-1)[start])

@@ -1,5 +1,6 @@
 """What is done to the leaves of a tree: multiplied by factors, clamped, zeroed."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,14 +29,38 @@ def factors_for(
         factor_of(limiter, *both) for both in zip(norms.blocks, thresholds.blocks, strict=True)
     ]
     if thresholds.pieces:
-        roots = {
-            start: root_of_factor(limiter, norms.pieces[start], own)
-            for start, own in thresholds.pieces.items()
-        }
+        in_pieces = functools.partial(_roots_of_pieces, limiter)
+        if pieces.are_stacked(layout, thresholds.blocks[0].shape == layout.shape):
+            in_blocks = functools.partial(_roots_of_blocks, limiter, layout)
+            ways = {"cpu": in_pieces, "default": in_blocks}
+            roots = _numerics.by_platform(ways, norms, thresholds)
+        else:
+            roots = in_pieces(norms, thresholds)
         return PerGroup(factors, {start: Factor(root, root) for start, root in roots.items()})
     (factor,) = factors
     coarse, fine = (pieces.split(layout, part) for part in factor)
     return PerGroup(factors, {start: Factor(coarse[start], fine[start]) for start in coarse})
+
+
+def _roots_of_pieces(
+    limiter: Limiter, norms: PerGroup[Magnitude], thresholds: PerGroup[jax.Array]
+) -> pieces.Pieces:
+    """The square roots of factors, each leaf's by itself."""
+    return {
+        start: root_of_factor(limiter, norms.pieces[start], own)
+        for start, own in thresholds.pieces.items()
+    }
+
+
+def _roots_of_blocks(
+    limiter: Limiter,
+    layout: Layout,
+    norms: PerGroup[Magnitude],
+    thresholds: PerGroup[jax.Array],
+) -> pieces.Pieces:
+    """All at once: on an accelerator arithmetic on a scalar is an operation of its own."""
+    both = zip(norms.blocks, thresholds.blocks, strict=True)
+    return pieces.taken_apart(layout, [root_of_factor(limiter, *each) for each in both])
 
 
 def rescale(layout: Layout, updates: optax.Updates, factors: Mapping[int, Factor]) -> Any:
@@ -55,7 +80,7 @@ def rescale(layout: Layout, updates: optax.Updates, factors: Mapping[int, Factor
     def scaled(member: GroupedLeaf, x: jax.Array) -> jax.Array:
         coarse, fine = own[member.index]
         if x.dtype != _numerics.wide_dtype(x):
-            x, coarse, fine = _numerics.computed_anew(x, coarse, fine)
+            (x,) = _numerics.computed_anew(*_numerics.computed_anew(x))
         return _numerics.scaled(_numerics.scaled(_numerics.widened(x), coarse), fine)
 
     return _mapped(layout, updates, scaled)

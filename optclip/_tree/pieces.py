@@ -105,6 +105,14 @@ def split(layout: Layout, vector: jax.Array) -> Pieces:
     if layout.shape == ():
         return {0: vector}
     vector = replicated(vector)
+    if layout.has_units:
+        return _cut(layout, vector)
+    ways = {"cpu": _cut, "default": lambda layout, vector: taken_apart(layout, [vector])}
+    own = {platform: functools.partial(way, layout) for platform, way in ways.items()}
+    return _numerics.by_platform(own, vector)
+
+
+def _cut(layout: Layout, vector: jax.Array) -> Pieces:
     return {
         member.start: jnp.reshape(
             replicated(vector[member.start : member.start + member.groups]),
@@ -112,6 +120,30 @@ def split(layout: Layout, vector: jax.Array) -> Pieces:
         )
         for member in layout.members
     }
+
+
+def are_stacked(layout: Layout, gathered: bool) -> bool:
+    """Whether every piece is one entry along the first axis of a block."""
+    return layout.shape != () and not (gathered and layout.has_units)
+
+
+def taken_apart(layout: Layout, blocks: list[jax.Array]) -> Pieces:
+    """The pieces of blocks that are stacked.
+
+    From places that XLA does not know: with a place of its own every leaf would have a kernel of
+    its own. For accelerators; XLA for a CPU knows them all the same.
+    """
+    starts = layout.kinds
+    if blocks[0].shape == layout.shape:
+        starts = (tuple(dict.fromkeys(member.start for member in layout.members)),)
+    found: Pieces = {}
+    for block, own in zip(blocks, starts, strict=True):
+        at = own if block.shape == layout.shape else range(len(own))
+        for start, place in zip(own, _numerics.computed_anew(*map(jnp.uint32, at)), strict=True):
+            zeros = [jnp.zeros_like(place)] * (block.ndim - 1)
+            piece = lax.dynamic_slice(block, [place, *zeros], (1, *block.shape[1:]))
+            found[start] = jnp.reshape(piece, block.shape[1:])
+    return found
 
 
 def for_each_leaf(layout: Layout, pieces: Pieces) -> list[jax.Array]:

@@ -13,6 +13,8 @@ norm right, and each is the quickest somewhere:
 """
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +42,8 @@ Found = list[PerGroup[Magnitude]]
 def measured(layout: Layout, norm: Norm, forest: Forest, gathered: bool) -> Found:
     """The norms of all groups of each tree; see `measure.measure_together`."""
     ways = {"cpu": _with_a_second_look, "default": _in_three_windows}
-    along_axes = any(member.groups > 1 for member in layout.members)
     narrow = layout.dtype == jnp.float32 and not layout.axis_names
-    if along_axes and narrow and norm.entries is not None:
+    if layout.has_units and narrow and norm.entries is not None:
         ways["cuda"] = _in_64_bits
     own = {
         platform: functools.partial(way, layout, norm, gathered) for platform, way in ways.items()
@@ -80,42 +81,72 @@ def _with_a_second_look(layout: Layout, norm: Norm, gathered: bool, forest: Fore
 
 
 def _in_three_windows(layout: Layout, norm: Norm, gathered: bool, forest: Forest) -> Found:
-    found = []
-    for windows in windows_of(layout, norm, forest, norms.window_scales(norm, layout.dtype)):
-        by_piece = {
-            at: _in_range(norm, tuple(window[at] for window in windows), layout.size_at(at))
-            for at in windows[0]
-        }
-        found.append(assembled(layout, by_piece, gathered))
-    return found
+    scales = norms.window_scales(norm, layout.dtype)
+    return [
+        _assembled(layout, gathered, norm, norms.window, windows)
+        for windows in windows_of(layout, norm, forest, scales)
+    ]
 
 
 def _in_64_bits(layout: Layout, norm: Norm, gathered: bool, forest: Forest) -> Found:
-    of_leaf = _leaf_in_64_bits_once if is_ours(norm) else _leaf_in_64_bits
-    found = []
-    for leaves in forest:
-        by_piece = {
-            member.start: of_leaf(norm, x, member.axes, layout.size_at(member.start))
-            for member, x in zip(layout.members, leaves, strict=True)
-        }
-        found.append(assembled(layout, by_piece, gathered))
-    return found
-
-
-def _leaf_in_64_bits(norm: Norm, x: jax.Array, axes: Axes, size: np.float64) -> Magnitude:
-    assert norm.entries is not None
-    if jnp.iscomplexobj(x):  # JAX loses its dtype in derivatives there.
-        scales = norms.window_scales(norm, jnp.float32)
-        return norms.window(norm, _numerics.sums_at(norm.entries, scales, axes, x), size)
+    sum_of_leaf = _sum_in_64_bits_once if is_ours(norm) else _sum_in_64_bits
     with jax.enable_x64(True):
-        length = norm.finish(_numerics.sum_in_64_bits(norm.entries, x, axes), size)
-        # The norm of float32 entries may itself be out of float32's range.
-        scale = jnp.where(length > 2.0**60, 2.0**-60, 1.0)
-        scale = jnp.where(length < 2.0**-60, 2.0**60, scale)
-        both = Magnitude(length * scale, scale)
-        return jax.tree.map(lambda x: x.astype(jnp.float32), both)
+        sums = [
+            {
+                member.start: sum_of_leaf(norm, x, member.axes, layout.size_at(member.start))
+                for member, x in zip(layout.members, leaves, strict=True)
+            }
+            for leaves in forest
+        ]
+        return [_assembled(layout, gathered, norm, _from_64_bits, [x]) for x in sums]
 
 
-_leaf_in_64_bits_once = jax.jit(_leaf_in_64_bits, static_argnums=(0, 2, 3))
+def _sum_in_64_bits(norm: Norm, x: jax.Array, axes: Axes, size: np.float64) -> jax.Array:
+    assert norm.entries is not None
+    if not jnp.iscomplexobj(x):
+        return _numerics.sum_in_64_bits(norm.entries, x, axes)
+    with jax.enable_x64(False):  # JAX loses its dtype in derivatives there.
+        scales = norms.window_scales(norm, jnp.float32)
+        found = norms.window(norm, _numerics.sums_at(norm.entries, scales, axes, x), size)
+    value, scale = (part.astype(jnp.float64) for part in found)
+    return norm.lift(value / scale, size)
+
+
+_sum_in_64_bits_once = jax.jit(_sum_in_64_bits, static_argnums=(0, 2, 3))
+
+
+def _assembled(
+    layout: Layout,
+    gathered: bool,
+    norm: Norm,
+    finish: Callable[[Norm, tuple[jax.Array, ...], Any], Magnitude],
+    statistics: Sequence[pieces.Pieces],
+) -> PerGroup[Magnitude]:
+    """Norms from statistics: of whole blocks where they can be taken apart again.
+
+    On an accelerator arithmetic on a scalar is an operation of its own, and takes as long as on a
+    thousand of them.
+    """
+    if not pieces.are_stacked(layout, gathered):
+        by_piece = {
+            at: finish(norm, tuple(x[at] for x in statistics), layout.size_at(at))
+            for at in statistics[0]
+        }
+        return assembled(layout, by_piece, gathered)
+    stacks = zip(*(pieces.in_blocks(layout, x, gathered) for x in statistics), strict=True)
+    sizes = pieces.sizes_in_blocks(layout, gathered)
+    blocks = [finish(norm, stack, size) for stack, size in zip(stacks, sizes, strict=True)]
+    values, scales = (pieces.taken_apart(layout, list(x)) for x in zip(*blocks, strict=True))
+    return PerGroup(blocks, {at: Magnitude(values[at], scales[at]) for at in values})
+
+
+def _from_64_bits(norm: Norm, sums: tuple[jax.Array, ...], size: norms.Size) -> Magnitude:
+    length = norm.finish(sums[0], size)
+    # The norm of float32 entries may itself be out of float32's range.
+    scale = jnp.where(length > 2.0**60, 2.0**-60, 1.0)
+    scale = jnp.where(length < 2.0**-60, 2.0**60, scale)
+    both = Magnitude(length * scale, scale)
+    return jax.tree.map(lambda x: x.astype(jnp.float32), both)
+
+
 _range_scale = of_piece(norms.range_scale)
-_in_range = of_piece(norms.window)
