@@ -28,39 +28,52 @@ def factors_for(
     factors = [
         factor_of(limiter, *both) for both in zip(norms.blocks, thresholds.blocks, strict=True)
     ]
-    if thresholds.pieces:
-        in_pieces = functools.partial(_roots_of_pieces, limiter)
-        if pieces.are_stacked(layout, thresholds.blocks[0].shape == layout.shape):
-            in_blocks = functools.partial(_roots_of_blocks, limiter, layout)
-            ways = {"cpu": in_pieces, "default": in_blocks}
-            roots = _numerics.by_platform(ways, norms, thresholds)
-        else:
-            roots = in_pieces(norms, thresholds)
-        return PerGroup(factors, {start: Factor(root, root) for start, root in roots.items()})
-    (factor,) = factors
-    coarse, fine = (pieces.split(layout, part) for part in factor)
-    return PerGroup(factors, {start: Factor(coarse[start], fine[start]) for start in coarse})
+    in_pieces = _from_pieces if thresholds.pieces else _cut_out
+    own = functools.partial(in_pieces, limiter, layout)
+    if pieces.are_stacked(layout, thresholds.blocks[0].shape == layout.shape):
+        ways = {"cpu": own, "default": functools.partial(_from_blocks, limiter, layout)}
+        return PerGroup(factors, _numerics.by_platform(ways, norms, thresholds, factors))
+    return PerGroup(factors, own(norms, thresholds, factors))
 
 
-def _roots_of_pieces(
-    limiter: Limiter, norms: PerGroup[Magnitude], thresholds: PerGroup[jax.Array]
-) -> pieces.Pieces:
-    """The square roots of factors, each leaf's by itself."""
+_Norms = PerGroup[Magnitude]
+_Thresholds = PerGroup[jax.Array]
+_Pieces = dict[int, Factor]
+
+
+def _from_pieces(
+    limiter: Limiter, layout: Layout, norms: _Norms, thresholds: _Thresholds, factors: list[Factor]
+) -> _Pieces:
+    """Each leaf's by itself."""
+    del layout, factors
     return {
-        start: root_of_factor(limiter, norms.pieces[start], own)
+        start: _twice(root_of_factor(limiter, norms.pieces[start], own))
         for start, own in thresholds.pieces.items()
     }
 
 
-def _roots_of_blocks(
-    limiter: Limiter,
-    layout: Layout,
-    norms: PerGroup[Magnitude],
-    thresholds: PerGroup[jax.Array],
-) -> pieces.Pieces:
+def _from_blocks(
+    limiter: Limiter, layout: Layout, norms: _Norms, thresholds: _Thresholds, factors: list[Factor]
+) -> _Pieces:
     """All at once: on an accelerator arithmetic on a scalar is an operation of its own."""
+    del factors
     both = zip(norms.blocks, thresholds.blocks, strict=True)
-    return pieces.taken_apart(layout, [root_of_factor(limiter, *each) for each in both])
+    roots = pieces.taken_apart(layout, [root_of_factor(limiter, *each) for each in both])
+    return {start: _twice(root) for start, root in roots.items()}
+
+
+def _cut_out(
+    limiter: Limiter, layout: Layout, norms: _Norms, thresholds: _Thresholds, factors: list[Factor]
+) -> _Pieces:
+    """Of one vector the parts."""
+    del limiter, norms, thresholds
+    (factor,) = factors
+    coarse, fine = (pieces.split(layout, part) for part in factor)
+    return {start: Factor(coarse[start], fine[start]) for start in coarse}
+
+
+def _twice(root: jax.Array) -> Factor:
+    return Factor(root, root)
 
 
 def rescale(layout: Layout, updates: optax.Updates, factors: Mapping[int, Factor]) -> Any:
