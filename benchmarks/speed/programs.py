@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from benchmarks.speed import hlo
 from benchmarks.speed.contenders import Contender
 from benchmarks.speed.trees import Tree
+from benchmarks.speed.work import Work, work_of
 
 
 class Program(NamedTuple):
@@ -31,7 +31,7 @@ class Program(NamedTuple):
     compile_seconds: float
     temporary_bytes: int
     bytes_accessed: float | None
-    work: hlo.Work
+    work: Work
 
 
 def shapes(tree: Tree, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -74,5 +74,5 @@ def build(contender: Contender, tree: Tree, dtype: str) -> Program:
         end - between,
         memory.temp_size_in_bytes,
         costs.get("bytes accessed"),
-        hlo.work(compiled.as_text() or "", sizes),
+        work_of(compiled.as_text() or "", sizes),
     )

@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.speed import (
     contenders,
     gates,
-    hlo,
     machine,
     measuring,
     programs,
@@ -25,6 +24,7 @@ from benchmarks.speed import (
 )
 from benchmarks.speed.command import main
 from benchmarks.speed.trees import Tree
+from benchmarks.speed.work import work_of
 from optclip import catalogue
 
 TREE = Tree("tiny", "a tiny tree", {"kernel": (160, 200), "bias": (3000,), "embedding": (240, 160)})
@@ -115,14 +115,14 @@ def test_what_a_condition_chooses_is_counted_by_itself():
         return jax.lax.cond(plain > 1e30, lambda x: jnp.sum(jnp.cos(x)), lambda x: plain, x)
 
     text = jax.jit(rarely).lower(jnp.ones(300)).compile().as_text()
-    work = hlo.work(text, {300})
+    work = work_of(text, {300})
     assert (work.reductions, work.reductions_rarely) == (1, 1)
 
 
 def test_exchanges_between_devices_are_counted():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     x = jax.device_put(jnp.ones((64, 8)), NamedSharding(mesh, P("data")))
-    assert hlo.work(jax.jit(jnp.sum).lower(x).compile().as_text(), {512}).collectives == 1
+    assert work_of(jax.jit(jnp.sum).lower(x).compile().as_text(), {512}).collectives == 1
 
 
 def test_compiling_starts_afresh(monkeypatch):

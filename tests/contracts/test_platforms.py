@@ -14,7 +14,7 @@ from helpers.samples import quick_jit
 from helpers.strategies import KINDS, TREES, values
 
 import optclip
-from benchmarks.speed import hlo
+from benchmarks.speed.work import work_of
 from optclip import _numerics, norms, scopes
 
 OTHERS = ("cuda", "tpu")
@@ -100,7 +100,7 @@ def test_under_vmap_everything_is_measured_once(method):
 
     def reductions(function, size, *args):
         compiled = jax.jit(function).lower(*args).compile()
-        return hlo.work(compiled.as_text(), {size}).reductions
+        return work_of(compiled.as_text(), {size}).reductions
 
     one = reductions(transform.update, np.prod(SHAPE), params, state, params)
     several = reductions(jax.vmap(transform.update), BATCH * np.prod(SHAPE), batch, states, batch)
