@@ -56,8 +56,8 @@ class Factor(NamedTuple):
     """A factor as a product, since the product itself may be too small for a float32.
 
     Attributes:
-        coarse: 1, or about the square root of the factor where that is very small.
-        fine: The rest.
+        coarse: The factor, rounded, or a part of it where that is very small.
+        fine: The rest, which mends the rounding too.
     """
 
     coarse: jax.Array
@@ -78,17 +78,43 @@ def clipped_norm(magnitude: Magnitude, factor: Factor) -> jax.Array:
 
 def factor_of(limiter: Limiter, magnitude: Magnitude, threshold: jax.Array) -> Factor:
     """The factor for a norm of any magnitude, right where norm or factor leave float32's range."""
+    if limiter is rescale:
+        return _rescale_in_two(magnitude, threshold)
     norm, scale = magnitude.clamped(), magnitude.scale
     deep = threshold < norm * 2.0**-60
     root = jnp.sqrt(jnp.where(deep, threshold, 1)) / jnp.sqrt(jnp.where(deep, norm, 1))
     # A constant to derivatives: the fine factor is taken at the norm that the coarse one leaves.
     coarse = lax.stop_gradient(root)
-    # Left to right, so that no product leaves the range: a scale below 1 belongs to a huge value.
-    left = magnitude.value * (coarse / jnp.minimum(scale, 1)) / jnp.maximum(scale, 1)
     fine = limiter.factor(
-        jnp.where(deep, left, magnitude.value), jnp.where(deep, threshold, threshold * scale)
+        jnp.where(deep, _left(magnitude, coarse), magnitude.value),
+        jnp.where(deep, threshold, threshold * scale),
     )
     return Factor(coarse, fine)
+
+
+def _rescale_in_two(magnitude: Magnitude, threshold: jax.Array) -> Factor:
+    """The quotient, or a small one instead; and the threshold over what that leaves.
+
+    The second mends the rounding of the first: a gradient of one entry is cut to the threshold
+    itself.
+    """
+    norm = magnitude.clamped()
+    over = norm > threshold
+    least = norm * jnp.finfo(norm.dtype).tiny
+    coarse = jnp.where(over, jnp.maximum(threshold, least), 1) / jnp.where(over, norm, 1)
+    coarse = lax.stop_gradient(coarse)
+    left = _left(magnitude, coarse)
+    return Factor(coarse, jnp.where(over, threshold, 1) / jnp.where(over & (left > 0), left, 1))
+
+
+def _left(magnitude: Magnitude, coarse: jax.Array) -> jax.Array:
+    """What a factor leaves of a norm, which may itself be too large for a float32."""
+    # Left to right, so that no product leaves the range: a scale below 1 belongs to a huge value.
+    return (
+        magnitude.value
+        * (coarse / jnp.minimum(magnitude.scale, 1))
+        / jnp.maximum(magnitude.scale, 1)
+    )
 
 
 def root_of_factor(limiter: Limiter, magnitude: Magnitude, threshold: jax.Array) -> jax.Array:

@@ -219,3 +219,14 @@ def test_3_the_share_of_clipped_entries_is_read_at_every_magnitude(size):
     gradient = jnp.asarray(size * np.array([3.0, -2.0, 0.5, 0.0]), jnp.float32)
     _, state = clip.update(gradient, clip.init(gradient))
     assert_right(state.clip_rate, 0.5)
+
+
+def test_3_a_single_entry_is_cut_to_the_threshold_itself():
+    """Not a rounding away from it, as the product with one rounded quotient would be."""
+    clip = optclip.clip_by_global_norm(1.0)
+    entries = np.random.default_rng(0).normal(size=1000).astype(np.float32) * 100
+    entries = jnp.asarray(entries[np.abs(entries) > 1])
+    clipped, _ = jax.jit(jax.vmap(lambda x: clip.update({"a": x, "b": jnp.zeros(3)}, None)))(
+        entries
+    )
+    np.testing.assert_array_equal(clipped["a"], np.sign(entries))
