@@ -69,6 +69,16 @@ def check_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_sharded(axis_name: Any, sharded: Any) -> None:
+    """Refuses `sharded` where `axis_name` names no axis: it would be ignored."""
+    if sharded is not None and not axis_name:
+        raise ValueError(
+            "sharded= says over which mesh axes leaves are split inside shard_map and pmap; name "
+            "those axes with axis_name= too, or leave sharded= out: under plain jit arrays are "
+            "whole"
+        )
+
+
 def number_at(value: optax.ScalarOrSchedule, count: jax.Array, like: jax.Array) -> jax.Array:
     """A number, traced scalar or schedule, now, as a scalar in the dtype of `like`."""
     now: Any = value(count) if callable(value) else value

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from optclip import _numerics, limiters, norms, scopes, thresholds
-from optclip._checks import check_choice
+from optclip._checks import check_choice, check_sharded
 from optclip._tree import limit, measure, pieces
 from optclip._tree.layout import Layout, layout_of, shape_of_norms
 from optclip._tree.pieces import PerGroup
@@ -96,6 +96,7 @@ def clip_by(
     """
     rule = thresholds.as_rule(rule)
     _check(rule, scope, norm, limiter, nonfinite)
+    check_sharded(axis_name, sharded)
     by_leaf = scope.one_group or (scope.whole_leaves and scope.labels is None)
     kind_of_detail = LeafDetail if by_leaf else GroupDetail
     detail_scope = scopes.leaf if scope.one_group else scope

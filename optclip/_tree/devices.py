@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optclip import _jax
 
@@ -107,9 +107,12 @@ def sharding_of(
             f"axis_name={axis_name!r}: there is no such mesh axis here. It is for shard_map and "
             "pmap, with the names of their axes; under plain jit arrays are whole: leave it out"
         )
+    tracked = all(_jax.tracks_axis(name) for name in names)
     if sharded is not ...:
         split = _said(path, sharded, names)
-    elif all(_jax.tracks_axis(name) for name in names):
+        if tracked:
+            _agreed(path, split.names, varying)
+    elif tracked:
         if varying - set(names):
             raise ValueError(
                 f"{path!r} differs between devices along {sorted(varying - set(names))}, which "
@@ -134,6 +137,8 @@ def _said(path: str, answer: Any, names: tuple[str, ...]) -> LeafSharding:
     """The caller's `sharded=` answer for one leaf."""
     if answer is None:
         return WHOLE
+    if isinstance(answer, NamedSharding):
+        answer = answer.spec
     if isinstance(answer, PartitionSpec):
         dims = {dim: _flat(entry) for dim, entry in enumerate(answer) if entry is not None}
         # Axes that are not manual here are the compiler's: along them the leaf is whole.
@@ -143,6 +148,18 @@ def _said(path: str, answer: Any, names: tuple[str, ...]) -> LeafSharding:
     flat = _flat(answer)
     _known(path, flat, names)
     return LeafSharding(flat, None if flat else {})
+
+
+def _agreed(path: str, answer: tuple[str, ...], varying: frozenset[str]) -> None:
+    """Refuses an answer that contradicts what JAX tracks; an axis of one device splits nothing."""
+    said, known = (sorted(x for x in names if axis_size((x,)) > 1) for names in (answer, varying))
+    if said == known:
+        return
+    speak = [f"over {names}" if names else "over nothing" for names in (said, known)]
+    raise ValueError(
+        f"sharded= says that {path!r} is split {speak[0]}, and JAX tracks here that it is split "
+        f"{speak[1]}: leave sharded= out, or say the same"
+    )
 
 
 def _known(path: str, answer: tuple[str, ...], names: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optclip import limiters, norms, scopes
-from optclip._checks import at, check_number
+from optclip._checks import at, check_number, check_sharded
 from optclip._tree import limit, measure
 from optclip._tree.layout import layout_of
 from optclip.clipping import Nonfinite, check_nonfinite
@@ -59,6 +59,7 @@ def clip_by_value(
     """
     check_number(max_delta, "max_delta=", hint="pass jnp.inf to switch clipping off")
     check_nonfinite(nonfinite)
+    check_sharded(axis_name, sharded)
 
     def init(params: optax.Params) -> ClipState:
         return init_state_by_leaf(params, axis_name, sharded, detail=detail)

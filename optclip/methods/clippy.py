@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from optclip import _numerics, norms, scopes
-from optclip._checks import at, check_number
+from optclip._checks import at, check_number, check_sharded
 from optclip._tree import devices, limit, pieces
 from optclip._tree.layout import Layout, layout_of, select_leaves
 from optclip.clipping import NO_PARAMS_MSG, Nonfinite, check_nonfinite
@@ -71,6 +71,7 @@ def clippy(
     check_number(relative, "relative=", hint="the default is 0.1")
     check_number(absolute, "absolute=", hint="the default is 1e-7")
     check_nonfinite(nonfinite)
+    check_sharded(axis_name, sharded)
 
     def look(updates: optax.Updates) -> Layout:
         return layout_of(scopes.leaf, updates, axis_name, sharded)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from optclip import _numerics, norms, scopes
-from optclip._checks import check_choice, check_count, check_number
+from optclip._checks import check_choice, check_count, check_number, check_sharded
 from optclip._tree import measure
 from optclip._tree.layout import layout_of, whole_on_devices_of
 from optclip.clipping import NEEDS_STATE_MSG
@@ -119,6 +119,7 @@ def skip_spikes(
     numbers(deviations, "deviations=", hint="pass jnp.inf to skip no spikes")
     numbers(patience, "patience=", low=1, hint="pass jnp.inf to wait for ever")
     check_choice(nonfinite, ("skip", "propagate"), "nonfinite=")
+    check_sharded(axis_name, sharded)
 
     def init(params: optax.Params) -> SkipState:
         dtype = _numerics.tree_dtype(params)

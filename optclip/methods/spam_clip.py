@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 from optclip import _numerics, norms, scopes
-from optclip._checks import check_decay, check_number, number_at
+from optclip._checks import check_decay, check_number, check_sharded, number_at
 from optclip._tree import devices, limit, measure
 from optclip._tree.layout import Layout, layout_of, select_leaves
 from optclip.clipping import NEEDS_STATE_MSG, Nonfinite, check_nonfinite
@@ -78,6 +78,7 @@ def spam_clip(
     check_learn_from(learn_from)
     check_decay(decay)
     check_nonfinite(nonfinite)
+    check_sharded(axis_name, sharded)
 
     def init(params: optax.Params) -> ClipState:
         # Made of the parameters, not of their shapes, so that it lies on the devices as they do.

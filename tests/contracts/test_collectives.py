@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.samples import ALL_METHODS, assert_close, quick_jit, specs_of_state
+from helpers.samples import ALL_METHODS, assert_close, assert_same, quick_jit, specs_of_state
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -108,6 +108,48 @@ def test_an_axis_that_is_none_here_is_refused(method):
 def test_an_answer_with_an_axis_that_axis_name_lacks_is_refused(method, sharded):
     update = mapped(method, check_vma=False, axis_name="data", sharded=sharded)
     refused(update, "'a'", "'model'", "axis_name")
+
+
+@each_method
+@pytest.mark.parametrize("axis_name", [None, ()])
+def test_sharded_without_a_name_of_an_axis_is_refused(method, axis_name):
+    for sharded in (SPECS, NAMES.get):
+        with pytest.raises(ValueError, match=r"sharded= .*shard_map and pmap.*axis_name="):
+            method.build(axis_name=axis_name, sharded=sharded)
+
+
+CONTRADICTIONS = {
+    "a whole leaf said to be split": ("bias", P("model"), ["model"], "nothing"),
+    "a split leaf said to be whole": ("b", P(), "nothing", ["model"]),
+    "one of two axes left out": ("a", P("data"), ["data"], ["data", "model"]),
+    "another axis": ("c", P(None, "model"), ["model"], ["data"]),
+}
+
+
+@each_method
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_an_answer_that_contradicts_what_jax_tracks_is_refused(method, name):
+    leaf, spec, said, known = CONTRADICTIONS[name]
+    sharded = SPECS | {leaf: spec}
+    refused(
+        mapped(method, axis_name=("data", "model"), sharded=sharded),
+        f"'{leaf}' is split over {said}",
+        f"tracks here that it is split over {known}",
+        "leave sharded= out",
+    )
+
+
+@each_method
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_tree_of_shardings_means_their_specs(method, check_vma):
+    shardings = {name: NamedSharding(mesh_of(), spec) for name, spec in SPECS.items()}
+    updates = [
+        quick_jit(mapped(method, check_vma, axis_name=("data", "model"), sharded=said))(
+            ones(), ones()
+        )
+        for said in (SPECS, shardings)
+    ]
+    assert_same(*updates)
 
 
 @each_method
