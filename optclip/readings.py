@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optclip._numerics import is_floating
 from optclip._paths import array_in, leaves_with_paths
@@ -51,7 +52,14 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
 
         With `params` also `clip/norms/dense/kernel`, `clip/clipped_norms/dense/kernel` and so on,
         by path; by number, `clip/norms/0`, where the groups are labels or units that no list of
-        names was given for, or where the names are not as many as they.
+        names was given for, or where the names are not as many as they. The readings of stacked
+        states (of a vmapped ensemble, a scan's history, replicated for pmap) are stacked alike.
+
+        `nonfinite_steps` counts what a wrapper saw and kept from the clip too: `skip_spikes`,
+        `safeguard` and `optax.apply_if_finite` leave its state as it was in such a step.
+
+    Raises:
+        ValueError: If it is a tree of arrays without any state in it.
 
     Example:
         >>> import jax.numpy as jnp, optax, optclip
@@ -66,6 +74,8 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
         (3.0, 4.0)
     """
     found = list(_found(opt_state))
+    if not found:
+        _check_state(opt_state)
     result: dict[str, jax.Array] = {}
     for kind in ("clip", "bound", "skip"):
         readings = [values for of, values in found if of == kind]
@@ -78,12 +88,28 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     return result
 
 
+def _check_state(opt_state: Any) -> None:
+    """Refuses what is no optimizer's state: parameters, or what a checkpoint made of a state."""
+    nodes: list[Any] = []
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: bool(nodes.append(node)))
+    if leaves and not any(hasattr(node, "_fields") for node in nodes):
+        raise ValueError(
+            "metrics reads the state of an optimizer, and this is none: it holds no NamedTuple, "
+            f"but {type(opt_state).__name__} of arrays. Pass what optimizer.init(params) or the "
+            "last update(...) returned; a state that came back from a checkpoint as dicts and "
+            "lists must be restored into a fresh one (for Orbax its abstract target, for flax "
+            "from_state_dict(optimizer.init(params), restored))"
+        )
+
+
 def _named(detail: Any, params: Any) -> Iterator[tuple[str, jax.Array]]:
     """The readings of single groups by name; by number, where the names are not theirs."""
     given = isinstance(params, list | tuple) and all(isinstance(name, str) for name in params)
     names = list(params) if given else _paths(params) if isinstance(detail, LeafDetail) else []
     for what, vector in detail._asdict().items():
-        numbers = list(array_in(vector))
+        vector = array_in(vector)
+        # Groups come last: before them there may be members of an ensemble, steps, or devices.
+        numbers = [vector[..., place] for place in range(jnp.shape(vector)[-1])]
         fitting = names if len(names) == len(numbers) else range(len(numbers))
         for name, x in zip(fitting, numbers, strict=True):
             yield f"{what}/{name}", x
@@ -97,18 +123,29 @@ def _paths(params: Any) -> list[str]:
 
 def _found(state: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every set of readings with its kind, in the order of the chain."""
-    kinds = (ClipState, SkipState, SafeguardState)
+    kinds = (ClipState, SkipState, SafeguardState, optax.ApplyIfFiniteState)
     for node in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds)):
         if isinstance(node, ClipState):
             yield "clip", _fields(node, _CLIP)
         elif isinstance(node, SkipState):
             yield "skip", _fields(node, _SKIP)
-            yield from _found(node.inner_state)
+            yield from _counted(node.inner_state, node.nonfinite_steps)
+        elif isinstance(node, optax.ApplyIfFiniteState):
+            yield from _counted(node.inner_state, node.total_notfinite)
         elif isinstance(node, SafeguardState):
             yield "clip", _fields(node.clip, _CLIP)
-            yield from _found(node.inner_state)
+            yield from _counted(node.inner_state, node.clip.nonfinite_steps)
             yield "bound", _fields(node.bound, _CLIP) | _fields(node, ("update_ratio",))
             yield "skip", _fields(node, ("skipped_steps", "skipping"))
+
+
+def _counted(state: Any, nonfinite_steps: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The readings inside a wrapper that drops the state of a non-finite step, with its count."""
+    for kind, values in _found(state):
+        own = array_in(values["nonfinite_steps"]) if "nonfinite_steps" in values else None
+        if own is not None:
+            values["nonfinite_steps"] = jnp.maximum(own, array_in(nonfinite_steps))
+        yield kind, values
 
 
 def _fields(node: Any, names: tuple[str, ...]) -> dict[str, Any]:

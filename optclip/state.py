@@ -48,7 +48,7 @@ class ClipState(NamedTuple):
     The floats are float32, or float64 where a parameter is 64-bit.
 
     Attributes:
-        count: Updates so far; int32. Schedules are called with it.
+        steps: Updates so far; int32. Schedules are called with it.
         nonfinite_steps: Updates so far whose gradient had a non-finite entry; int32.
         norm: Norm before clipping. Of several groups: the norm of all together. Of single
             entries: the largest.
@@ -62,7 +62,7 @@ class ClipState(NamedTuple):
         detail: A `LeafDetail` or `GroupDetail`, or () where it was not asked for.
     """
 
-    count: jax.Array
+    steps: jax.Array
     nonfinite_steps: jax.Array
     norm: jax.Array
     clipped_norm: jax.Array
@@ -100,7 +100,7 @@ def init_state(
     """The state before the first step."""
     dtype = _numerics.tree_dtype(params)
     state = ClipState(
-        count=jnp.zeros([], jnp.int32),
+        steps=jnp.zeros([], jnp.int32),
         nonfinite_steps=jnp.zeros([], jnp.int32),
         norm=jnp.zeros([], dtype),
         clipped_norm=jnp.zeros([], dtype),
@@ -132,18 +132,18 @@ def update_state(
     """The state after a step."""
     # As numbers by themselves: a GPU has then one kernel for them, where each would redo the sums.
     outcome = Outcome(*_numerics.computed_anew(*outcome))
-    finite, count = outcome.finite, _next(state.count)
+    finite, steps = outcome.finite, _next(state.steps)
     nonfinite_steps = jnp.where(finite, state.nonfinite_steps, _next(state.nonfinite_steps))
     # From the new counts, not the old: those could not be overwritten before they were read.
-    steps = jnp.maximum(count - nonfinite_steps, 1)
+    finite_steps = jnp.maximum(steps - nonfinite_steps, 1)
 
     def averaged(rate: jax.Array, floor: float) -> jax.Array:
         """A running mean over the finite steps; with a floor under its weight, of recent ones."""
-        weight = jnp.maximum(1 / steps.astype(rate.dtype), floor)
+        weight = jnp.maximum(1 / finite_steps.astype(rate.dtype), floor)
         return rate + jnp.where(finite, (outcome.share.astype(rate.dtype) - rate) * weight, 0)
 
     new = ClipState(
-        count=count,
+        steps=steps,
         nonfinite_steps=nonfinite_steps,
         norm=outcome.norm,
         clipped_norm=outcome.clipped_norm,
@@ -165,7 +165,7 @@ def update_state(
 
 def step_of(state: ClipState) -> Step:
     """Where in the run the next update is."""
-    return Step(state.count, state.count - state.nonfinite_steps)
+    return Step(state.steps, state.steps - state.nonfinite_steps)
 
 
 def where_learned(learned: jax.Array, new: Memory, old: Memory) -> Memory:

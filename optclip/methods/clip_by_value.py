@@ -71,7 +71,7 @@ def clip_by_value(
         state = init(updates) if state is None else state
         layout = layout_of(scopes.tree, updates, axis_name, sharded)
         measured = layout_of(scopes.leaf, updates, axis_name, sharded) if detail else layout
-        threshold = at(max_delta, state.count, jnp.zeros([], layout.dtype))
+        threshold = at(max_delta, state.steps, jnp.zeros([], layout.dtype))
         with jax.named_scope("optclip/measure"):
             found, share = measure.largest_and_share(measured, updates, threshold)
             (peak,) = found.blocks

@@ -87,7 +87,7 @@ def clippy(
             raise ValueError(NO_PARAMS_MSG)
         state = init(updates) if state is None else state
         layout = look(updates)
-        rho, alpha = (at(x, state.count, jnp.zeros([], layout.dtype)) for x in (relative, absolute))
+        rho, alpha = (at(x, state.steps, jnp.zeros([], layout.dtype)) for x in (relative, absolute))
         with jax.named_scope("optclip/measure"):
             by_leaf = _roots_of_ratios(layout, updates, params, rho, alpha)
             roots = pieces.concatenate(layout, by_leaf)

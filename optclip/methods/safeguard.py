@@ -143,7 +143,7 @@ def safeguard(
             inner_state, bound_state, update_ratio = states
             updates, inner_state = held.update(updates, inner_state, params, **extra_args)
             allowed = length(updates, params)
-            threshold = number_at(ratio, bound_state.count, allowed) * allowed
+            threshold = number_at(ratio, bound_state.steps, allowed) * allowed
             new: Any
             updates, new = bound(threshold).update(updates, bound_state)
             reached = new.clipped_norm / _numerics.narrowed(allowed, update_ratio.dtype)

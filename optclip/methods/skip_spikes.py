@@ -26,12 +26,12 @@ class Accepted(NamedTuple):
 
     Attributes:
         values: The ordinary ones, shape (window,); the oldest is overwritten.
-        count: Ordinary values written so far; int32.
+        seen: Ordinary values written so far; int32.
         spikes: The last values of a row of spikes, shape (window,).
     """
 
     values: jax.Array
-    count: jax.Array
+    seen: jax.Array
     spikes: jax.Array
 
 
@@ -217,7 +217,7 @@ def unless(
 def _limit(ring: Accepted, deviations: float | jax.Array, patience: float | jax.Array) -> jax.Array:
     """Mean plus deviations of the ordinary values; infinity while there are few."""
     dtype, window = ring.values.dtype, ring.values.size
-    filled = jnp.arange(window, dtype=jnp.int32) < ring.count
+    filled = jnp.arange(window, dtype=jnp.int32) < ring.seen
     among = jnp.sum(filled.astype(dtype))
     peak = jnp.max(jnp.where(filled, jnp.abs(ring.values), 0))
     unit = jnp.where(peak > 0, peak, 1)
@@ -244,8 +244,8 @@ def _written(
         return jnp.where(count < 2 * window, count, window + count % window)
 
     spikes = jnp.where(spike & (slots == (streak - 1) % window), value, ring.spikes)
-    values = jnp.where(~spike & (slots == ring.count % window), value, ring.values)
-    count = jnp.where(spike, ring.count, held(ring.count + 1))
+    values = jnp.where(~spike & (slots == ring.seen % window), value, ring.values)
+    count = jnp.where(spike, ring.seen, held(ring.seen + 1))
     return Accepted(
         jnp.where(new_level, spikes, values), jnp.where(new_level, held(streak), count), spikes
     )

@@ -93,7 +93,7 @@ def spam_clip(
         layout = layout_of(scopes.tree, updates, axis_name, sharded)
         like = jnp.zeros([], layout.dtype)
         theta, keep, warmup = (
-            number_at(x, state.count, like) for x in (threshold, decay, warmup_steps)
+            number_at(x, state.steps, like) for x in (threshold, decay, warmup_steps)
         )
         warm = step_of(state).finite.astype(layout.dtype) >= warmup
         moments, treedef = jax.tree.flatten(state.memory)

@@ -16,12 +16,12 @@ class Spread(NamedTuple):
     """Memory of `zscore`.
 
     Attributes:
-        count: Norms learned from so far; int32.
+        seen: Norms learned from so far; int32.
         mean: Their mean; after the warm-up an exponential moving average.
         deviation: Their standard deviation, likewise. The variance itself would overflow.
     """
 
-    count: jax.Array
+    seen: jax.Array
     mean: jax.Array
     deviation: jax.Array
 
@@ -72,7 +72,7 @@ def zscore(
     def warm(memory, step, norms):
         # Two norms at least: there is no deviation of one.
         enough = jnp.maximum(number_at(warmup_steps, step.count, norms), 1)
-        return memory.count.astype(norms.dtype) < enough
+        return memory.seen.astype(norms.dtype) < enough
 
     def padded_deviation(memory):
         return memory.deviation + (0 if variant == "max" else eps)
@@ -104,14 +104,14 @@ def zscore(
             away = jnp.where(accepted, away, jnp.minimum(away, reach))
         away = jnp.where(warming, norms - memory.mean, away)
         # While it warms up a plain mean and variance, as of a buffer, step by step.
-        before = memory.count.astype(norms.dtype)
+        before = memory.seen.astype(norms.dtype)
         keep = jnp.where(warming, before / (before + 1), number_at(decay, step.count, norms))
         mean = memory.mean + (1 - keep) * away
         # From the new mean a norm is keep * away. The paper takes the variance about the new
         # mean; a plain one is about both.
         spread = jnp.abs(away) * jnp.where(warming, jnp.sqrt(keep), keep)
         deviation = _numerics.rms_ema(memory.deviation, spread, keep)
-        return Spread(memory.count + 1, mean, deviation)
+        return Spread(memory.seen + 1, mean, deviation)
 
     return Rule(init, threshold, observe, has_memory=True)
 
@@ -120,12 +120,12 @@ class Level(NamedTuple):
     """Memory of `robust`.
 
     Attributes:
-        count: Norms learned from so far; int32.
+        seen: Norms learned from so far; int32.
         level: exp(mean of log norm), the typical norm; 0 before the first.
         variance: Variance of the log norm.
     """
 
-    count: jax.Array
+    seen: jax.Array
     level: jax.Array
     variance: jax.Array
 
@@ -182,10 +182,10 @@ def robust(
     def threshold(memory, step, norms, params):
         spread = jnp.maximum(jnp.sqrt(memory.variance), LEAST_SPREAD)
         limit = memory.level * jnp.exp(number_at(deviations, step.count, norms) * spread)
-        return jnp.where(memory.count > 0, limit, jnp.inf)
+        return jnp.where(memory.seen > 0, limit, jnp.inf)
 
     def observe(memory, step, norms, clipped_norms):
-        begun = memory.count > 0
+        begun = memory.seen > 0
         learned = clipped_norms if learn_from == "clipped" else norms
         # Logarithms of ratios to the level: exact whatever the scale of the norms.
         ratio = learned / jnp.where(begun, memory.level, learned)
@@ -196,13 +196,13 @@ def robust(
             away = jnp.clip(away, -jnp.maximum(reach, DEEPEST), reach)
         else:
             spread_from = away
-        start = 1 - 1 / (memory.count.astype(norms.dtype) + FIRST_NORMS)
+        start = 1 - 1 / (memory.seen.astype(norms.dtype) + FIRST_NORMS)
         keep = jnp.minimum(number_at(decay, step.count, norms), start)
         rise = jnp.minimum((1 - keep) * away, jnp.log1p(number_at(max_rise, step.count, norms)))
         level = jnp.where(begun, _numerics.scaled_by_exp(memory.level, rise), learned)
         variance = jnp.where(
             begun, keep * (memory.variance + (1 - keep) * spread_from**2), memory.variance
         )
-        return Level(memory.count + 1, level, variance)
+        return Level(memory.seen + 1, level, variance)
 
     return Rule(init, threshold, observe, has_memory=True)

@@ -16,11 +16,11 @@ class Ring(NamedTuple):
 
     Attributes:
         norms: Shape (window, groups), or (window,) for one group; the oldest is overwritten.
-        count: Norms written so far; int32.
+        seen: Norms written so far; int32.
     """
 
     norms: jax.Array
-    count: jax.Array
+    seen: jax.Array
 
 
 def _empty(window: int, norms: jax.Array) -> Ring:
@@ -33,14 +33,14 @@ def _slots(ring: Ring) -> jax.Array:
 
 def _written(ring: Ring, norms: jax.Array) -> Ring:
     window = ring.norms.shape[0]
-    here = _slots(ring) == jnp.broadcast_to(ring.count % window, ring.norms.shape)
+    here = _slots(ring) == jnp.broadcast_to(ring.seen % window, ring.norms.shape)
     norms = jnp.where(here, jnp.broadcast_to(norms, ring.norms.shape), ring.norms)
     # A count of two windows tells as much as one of two million, and does not overflow.
-    return Ring(norms, jnp.where(ring.count + 1 < 2 * window, ring.count + 1, window))
+    return Ring(norms, jnp.where(ring.seen + 1 < 2 * window, ring.seen + 1, window))
 
 
 def _filled(ring: Ring) -> jax.Array:
-    return _slots(ring) < jnp.broadcast_to(ring.count, ring.norms.shape)
+    return _slots(ring) < jnp.broadcast_to(ring.seen, ring.norms.shape)
 
 
 def mean_over_window(
@@ -75,7 +75,7 @@ def mean_over_window(
         deviation = jnp.sqrt(jnp.sum(away * away, axis=0) / among)
         deviation = jnp.maximum(deviation, least * mean)
         limit = (mean + number_at(deviations, step.count, norms) * deviation) * unit
-        return jnp.where(memory.count >= max(window // 2, 1), limit, jnp.inf)
+        return jnp.where(memory.seen >= max(window // 2, 1), limit, jnp.inf)
 
     def observe(memory, step, norms, clipped_norms):
         return _written(memory, feed(learn_from, norms, clipped_norms))
@@ -105,7 +105,7 @@ def quantile_over_window(
     def threshold(memory, step, norms, params):
         ring = _written(memory, norms)
         ordered = jnp.sort(jnp.where(_filled(ring), ring.norms, jnp.inf), axis=0)
-        last = jnp.minimum(ring.count, window) - 1
+        last = jnp.minimum(ring.seen, window) - 1
         percent = jnp.clip(number_at(percentile, step.count, norms), 0, 100)
         place = percent * last.astype(norms.dtype)  # In hundredths: exact for whole percents.
         below = jnp.floor(place / 100).astype(jnp.int32)

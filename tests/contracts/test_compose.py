@@ -287,3 +287,18 @@ def test_one_norm_for_all_parts_of_a_partition_is_measured_before_it():
 
 def test_a_state_without_a_clip_has_no_readings():
     assert optclip.metrics(optax.adam(0.1).init(PARAMS)) == {}
+
+
+@each_method
+def test_what_people_look_up_in_optax_is_not_found_in_ours(method):
+    """`optax.tree.get(state, "count")` finds Adam's alone, and setting it leaves a clip's alone."""
+    looked_up = ("count", "mu", "nu", "learning_rate", "hyperparams", "trace", "notfinite_count")
+    transform = method.build()
+    state = transform.init(PARAMS)
+    for updates in GRADIENTS:
+        state = transform.update(updates, state, PARAMS)[1]
+    for name in looked_up:
+        assert not optax.tree.get_all_with_path(state, name), name
+    both = (state, optax.adam(0.1).init(PARAMS))
+    assert int(optax.tree.get(both, "count")) == 0
+    assert_same(optax.tree.set(both, count=7)[0], state)

@@ -49,7 +49,7 @@ def test_6_a_nonfinite_step_is_handed_on_or_zeroed_whole(method, nonfinite):
                 gradient, begin.state, begin.params
             )
             after, read = clip_state(state), readings(state)
-            assert after.count == before.count + 1
+            assert after.steps == before.steps + 1
             assert after.nonfinite_steps == before.nonfinite_steps + 1
             assert_same(after.memory, before.memory)
             assert after.clip_rate == before.clip_rate
@@ -81,13 +81,13 @@ def test_6_what_follows_is_as_without_the_nonfinite_steps(method):
         assert_same(updates, expected)
         assert_same(without_counts(disturbed), without_counts(clean))
     assert readings(disturbed)["nonfinite_steps"] == 3
-    assert clip_state(disturbed).count == 43
+    assert clip_state(disturbed).steps == 43
 
 
 def without_counts(state):
     """The state's leaves by name, but those that count all steps, or the non-finite ones."""
     named = dict(clips.leaves_with_paths(state))
-    counts = ("count", "nonfinite_steps")
+    counts = ("steps", "nonfinite_steps")
     return {path: x for path, x in named.items() if path.split("/")[-1] not in counts}
 
 

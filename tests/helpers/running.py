@@ -157,7 +157,7 @@ def assert_as_the_oracle(
     ):
         if not math.isnan(right):
             assert_right(read[name], right, rtol, name)
-    rate, steps = readings(before)["clip_rate"], int(clip_state(before).count)
+    rate, steps = readings(before)["clip_rate"], int(clip_state(before).steps)
     rate += (outcome.share - rate) / (steps + 1)
     assert_right(read["clip_rate"], rate, rtol, "clip_rate")
 

@@ -3,11 +3,12 @@
 import math
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 from helpers.running import each_method
 from helpers.samples import quick_jit
 
@@ -137,7 +138,7 @@ def test_readings_are_free(method):
     params = gradient = LARGE
     transform = method.build(**({"detail": True} if method.takes("detail") else {}))
     state = transform.init(params)
-    kept = ("count", "nonfinite_steps", "memory")
+    kept = ("steps", "nonfinite_steps", "memory")
 
     def clips(gradient, state, params):
         updates, new = transform.update(gradient, state, params)
@@ -167,3 +168,67 @@ def test_they_are_the_same_inside_jit_and_outside(strict):
     assert set(inside) == set(outside)
     for key in inside:
         np.testing.assert_array_equal(inside[key], outside[key])
+
+
+def test_readings_of_stacked_states_stand_under_their_own_leaves(strict):
+    """With as many members as leaves too."""
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 4))}
+    gradient = {"a": jnp.array([[2.0] * 3, [200.0] * 3]), "b": jnp.zeros((2, 4))}
+    clip = optclip.clip_by_leaf_norm(1.0, detail=True)
+    _, state = jax.vmap(clip.update)(gradient, jax.vmap(clip.init)(params))
+    read = optclip.metrics(state, params)
+    assert read["clip/norms/a"].tolist() == pytest.approx([12**0.5, 120000**0.5])
+    assert read["clip/norms/b"].tolist() == [0, 0]
+
+    # Of a history of three steps, by group.
+    one = jax.tree.map(lambda x: x[0], (gradient, params))
+    labeled = optclip.clip_by_group_norm(
+        {"x": 1.0, "y": 1.0}, lambda path: "xy"["b" in path], detail=True
+    )
+
+    def step(state, scale):
+        _, state = labeled.update(jax.tree.map(lambda x: x * scale, one[0]), state)
+        return state, state
+
+    _, history = jax.lax.scan(step, labeled.init(one[1]), jnp.array([1.0, 10.0, 100.0]))
+    read = optclip.metrics(history, ["x", "y"])
+    assert read["clip/norms/x"].tolist() == pytest.approx([12**0.5 * 10**i for i in range(3)])
+    assert read["clip/norms/y"].tolist() == [0, 0, 0]
+    assert read["clip/norm"].shape == (3,)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda inner: optax.apply_if_finite(inner, 5),
+        optclip.skip_spikes,
+        optclip.safeguard,
+        lambda inner: optax.apply_if_finite(optclip.skip_spikes(inner), 5),
+        lambda inner: optclip.skip_spikes(inner, nonfinite="propagate"),
+    ],
+)
+def test_nonfinite_steps_are_counted_where_a_wrapper_drops_the_state(wrap):
+    optimizer = wrap(optax.chain(optclip.clip_by_global_norm(1.0), optax.sgd(0.1)))
+    params = jnp.ones(2)
+    state = optimizer.init(params)
+    for entry in (1.0, jnp.nan, jnp.inf, 2.0):
+        _, state = optimizer.update(jnp.array([1.0, entry]), state, params)
+    read = optclip.metrics(state)
+    counted = {
+        name: int(x)
+        for name, x in read.items()
+        if name.startswith("clip") and name.endswith("nonfinite_steps")
+    }
+    assert set(counted.values()) == {2}, counted
+
+
+def test_what_is_no_state_is_refused_with_the_way():
+    optimizer = optax.chain(optclip.clip_by_global_norm(1.0), optax.adam(0.1))
+    state = optimizer.init(PARAMS)
+    restored = jax.tree.map(lambda x: x, serialization.to_state_dict(state))
+    for wrong in (PARAMS, restored, [jnp.ones(2)]):
+        with pytest.raises(ValueError, match=r"state of an optimizer.*restored into a fresh one"):
+            optclip.metrics(wrong)
+    for empty in (optax.sgd(0.1).init(PARAMS), optax.adam(0.1).init(PARAMS), ()):
+        assert optclip.metrics(empty) == {}
+    assert optclip.metrics(serialization.from_state_dict(state, restored)) != {}

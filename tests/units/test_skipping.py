@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_is_skipped_before_there_are_many(loss):
     updates, state = update(first, state, PARAMS, loss=np.float32(loss))
     assert is_zero(updates)
     assert int(state.skipped_steps) == int(state.nonfinite_steps) == 1
-    assert int(state.losses.count) == int(state.norms.count) == 0
+    assert int(state.losses.seen) == int(state.norms.seen) == 0
     for gradient in rest:
         updates, state = update(gradient, state, PARAMS, loss=np.float32(2.0))
         assert not is_zero(updates)
