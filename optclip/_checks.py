@@ -69,6 +69,16 @@ def check_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_optimizer(inner: Any, name: str) -> None:
+    """Refuses what is no transformation: a factory that was not called, or a number."""
+    if callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None)):
+        return
+    call = f"; call {inner.__name__}(...) first" if hasattr(inner, "__name__") else ""
+    raise ValueError(
+        f"{name} goes around an optimizer, as in {name}(optax.adamw(1e-3)), got {inner!r}{call}"
+    )
+
+
 def check_sharded(axis_name: Any, sharded: Any) -> None:
     """Refuses `sharded` where `axis_name` names no axis: it would be ignored."""
     if sharded is not None and not axis_name:

@@ -77,6 +77,23 @@ def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
     return x * (factor if factor.dtype == x.dtype else factor.astype(x.dtype))
 
 
+def scaled_opaquely(x: jax.Array, scale: jax.Array, floor: jax.Array) -> jax.Array:
+    """`x` times `scale`, a product that XLA does not take apart.
+
+    Of the square of a leaf that it knows to be constant (zeros, from a frozen part of a model) it
+    would take out the square of the scale: infinity, times 0.
+
+    Args:
+        x: The leaf.
+        scale: Above 0.
+        floor: Minus infinity, which XLA must not know.
+    """
+    if jnp.iscomplexobj(x):
+        parts = (scaled_opaquely(part, scale, floor) for part in (x.real, x.imag))
+        return lax.complex(*parts)
+    return jnp.maximum(scaled(x, scale), floor.astype(x.dtype))
+
+
 def modulus(x: jax.Array) -> jax.Array:
     """|x|, with derivative 0 at 0 for complex entries too (jnp.abs gives NaN there)."""
     if not jnp.iscomplexobj(x):
@@ -260,7 +277,7 @@ def sums_at(
     entries: Callable[..., jax.Array], scales: tuple[float, ...], axes: Axes, x: jax.Array
 ) -> tuple[jax.Array, ...]:
     """The sums along `axes` of entries(x, scale) for every scale; see `reduced_together`."""
-    terms = [entries(x, factor) for factor in _factors(scales, x)]
+    terms = [_entries_at(entries, x, factor) for factor in _factors(scales, x)]
     return reduced_together((lax.add,) * len(terms), axes, *terms)
 
 
@@ -268,19 +285,30 @@ def sums_at(
 def _sums_at_jvp(entries: Any, scales: Any, axes: Axes, primals: Any, tangents: Any) -> Any:
     (x,), (x_dot,) = primals, tangents
 
-    def slope(factor: jax.Array | None) -> jax.Array:
+    def slope(factor: _Factor) -> jax.Array:
+        own = functools.partial(_entries_at, entries, factor=factor)
         # At a scale that is not for this entry its slope may be infinite, and 0 * inf is NaN.
-        tame = jnp.where(jnp.isfinite(entries(x, factor)), x, jnp.zeros_like(x))
-        return sum_along(jax.jvp(lambda x: entries(x, factor), (tame,), (x_dot,))[1], axes)
+        tame = jnp.where(jnp.isfinite(own(x)), x, jnp.zeros_like(x))
+        return sum_along(jax.jvp(own, (tame,), (x_dot,))[1], axes)
 
     return sums_at(entries, scales, axes, x), tuple(map(slope, _factors(scales, x)))
 
 
-def _factors(scales: tuple[float, ...], x: jax.Array) -> list[jax.Array | None]:
+_Factor = tuple[jax.Array, jax.Array] | None
+"""A scale, and minus infinity."""
+
+
+def _factors(scales: tuple[float, ...], x: jax.Array) -> list[_Factor]:
     """Scales as XLA must not know them: it would take squares of constants, 0 or infinity, out."""
     dtype = accumulator(x.dtype)
-    others = iter(computed_anew(*(jnp.full([], s, dtype) for s in scales if s != 1)))
-    return [None if s == 1 else next(others) for s in scales]
+    numbers = [jnp.full([], number, dtype) for number in (*scales, -math.inf) if number != 1]
+    *others, floor = computed_anew(*numbers)
+    unknown = iter(others)
+    return [None if scale == 1 else (next(unknown), floor) for scale in scales]
+
+
+def _entries_at(entries: Callable[..., jax.Array], x: jax.Array, factor: _Factor) -> jax.Array:
+    return entries(x if factor is None else scaled_opaquely(widened(x), *factor), None)
 
 
 def sum_in_64_bits(entries: Callable[..., jax.Array], x: jax.Array, axes: Axes) -> jax.Array:

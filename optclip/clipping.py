@@ -12,7 +12,7 @@ import optax
 from optclip import _numerics, limiters, norms, scopes, thresholds
 from optclip._checks import check_choice, check_sharded
 from optclip._tree import limit, measure, pieces
-from optclip._tree.layout import Layout, layout_of, shape_of_norms
+from optclip._tree.layout import Layout, layout_of, leaves_of, shape_of_norms
 from optclip._tree.pieces import PerGroup
 from optclip.limiters import Limiter
 from optclip.norms import Magnitude, Norm
@@ -111,18 +111,36 @@ def clip_by(
         groups = kind_of_detail(zeros(detail_scope), zeros(detail_scope)) if detail else ()
         return init_state(params, memory, groups)
 
-    def measured(layout: Layout, *trees: Any) -> tuple[list[PerGroup[Magnitude]], jax.Array | None]:
-        """The norms of each tree; those of the leaves too where detail of one group is wanted."""
-        if not (detail and scope.one_group):
+    # Groups of several leaves: what does not move must not count among the parameters.
+    weighs = rule.needs_params and scope.labels is not None
+
+    def measured(
+        layout: Layout, *trees: Any
+    ) -> tuple[list[PerGroup[Magnitude]], jax.Array | None, jax.Array | None]:
+        """The norms of each tree; of leaves, for details of one group; entries that move."""
+        if not weighs and not (detail and scope.one_group):
             gathered = detail or not _works_in_parts(rule, norm, layout)
-            return measure.measure_together(layout, norm, *trees, gathered=gathered), None
-        leaves = layout_of(scopes.leaf, trees[0], axis_name, sharded)
-        by_leaf = [x.blocks for x in measure.measure_together(leaves, norm, *trees)]
-        pooled = [norms.pool(norm, of_leaves, [leaves.sizes]) for of_leaves in by_leaf]
-        return [PerGroup([all_], {0: all_}) for all_ in pooled], by_leaf[0][0].clamped()
+            return measure.measure_together(layout, norm, *trees, gathered=gathered), None, None
+        leaves = leaves_of(layout, scopes.leaf, trees[0], axis_name, sharded)
+        own, *reference = (x.blocks[0] for x in measure.measure_together(leaves, norm, *trees))
+        details = own.clamped() if scope.one_group else None
+        found, sizes = [measure.pooled(layout, norm, own, leaves.sizes)], None
+        if weighs:
+            moving = own.value != 0  # Also what is not finite.
+            entries = jnp.where(moving, leaves.sizes.astype(own.value.dtype), 0)
+            (weights,) = reference
+            weights = weights._replace(value=jnp.where(moving, weights.value, 0))
+            found.append(measure.pooled(layout, norm, weights, entries))
+            sizes = measure.in_groups(layout, jnp.sum, entries)
+        else:
+            found += [measure.pooled(layout, norm, x, leaves.sizes) for x in reference]
+        return found, details, sizes
 
     def thresholds_now(
-        state: ClipState, layout: Layout, found: list[PerGroup[Magnitude]]
+        state: ClipState,
+        layout: Layout,
+        found: list[PerGroup[Magnitude]],
+        moving: jax.Array | None,
     ) -> PerGroup[jax.Array]:
         """What the rule allows; by pieces too, where it can be asked for each by itself."""
 
@@ -134,7 +152,9 @@ def clip_by(
             return asked.astype(norms[0].value.dtype)
 
         own = found[0]
-        sizes = pieces.sizes_in_blocks(layout, own.blocks[0].value.shape == layout.shape)
+        sizes: Sequence[Any] = [moving]
+        if moving is None:
+            sizes = pieces.sizes_in_blocks(layout, own.blocks[0].value.shape == layout.shape)
         blocks = [
             jnp.broadcast_to(ask(norms, size), norms[0].value.shape)
             for *norms, size in zip(*(x.blocks for x in found), sizes, strict=True)
@@ -157,14 +177,14 @@ def clip_by(
         if state is None and rule.has_memory:
             raise ValueError(NEEDS_STATE_MSG)
         state = init(updates) if state is None else state
-        layout = layout_of(scope, updates, axis_name, sharded)
+        layout = layout_of(scope, updates, axis_name, sharded, params)
         with jax.named_scope("optclip/measure"):
             trees = (updates, params) if rule.needs_params else (updates,)
-            found, leaf_norms = measured(layout, *trees)
+            found, leaf_norms, moving = measured(layout, *trees)
             magnitudes, group_norms = found[0].blocks, [x.clamped() for x in found[0].blocks]
             finite = pieces.total(jnp.all, [jnp.isfinite(x.value) for x in magnitudes])
         with jax.named_scope("optclip/threshold"):
-            threshold = thresholds_now(state, layout, found)
+            threshold = thresholds_now(state, layout, found, moving)
         with jax.named_scope("optclip/limit"):
             # A step with a non-finite entry is handed on as it is, in every group.
             bound = jax.tree.map(lambda x: jnp.where(finite, x, jnp.inf), threshold)

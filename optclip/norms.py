@@ -70,7 +70,7 @@ class Norm(NamedTuple):
 def read(x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
     """A leaf as statistics read it: widened, and scaled."""
     x = _numerics.widened(x)
-    return x if scale is None else _numerics.scaled(x, scale)
+    return x if scale is None else _numerics.scaled_opaquely(x, scale, -jnp.inf * scale)
 
 
 def _root(statistic: jax.Array, power: float) -> jax.Array:
@@ -339,15 +339,24 @@ def pool(
     if not sum(x.value.size for x in groups):
         return plain(jnp.zeros([], groups[0].value.dtype))
     entries = sum(
-        np.sum(np.broadcast_to(np.asarray(size), x.value.shape))
+        jnp.sum(size)
+        if isinstance(size, jax.Array)
+        else np.sum(np.broadcast_to(np.asarray(size), x.value.shape))
         for x, size in zip(groups, sizes, strict=True)
     )
     if norm.safety == "range":
         dtype, sums = groups[0].value.dtype, []
-        others = [jnp.asarray(x, dtype) for x in window_scales(norm, dtype)[1:]]
-        # Not as constants, whose squares XLA would take out of the sum.
-        for scale in (None, *_numerics.computed_anew(*others)):
-            lengths = [x.value * ((1 if scale is None else scale) / x.scale) for x in groups]
+        others = [jnp.asarray(x, dtype) for x in (*window_scales(norm, dtype)[1:], -jnp.inf)]
+        # Not as constants, whose squares XLA would take out of the sum; nor may it, on a CPU, know
+        # the norms, as of a gradient that is a constant to it.
+        *others, floor = _numerics.computed_anew(*others)
+        values = _numerics.by_platform(
+            {"cpu": _at_least, "default": lambda values, _: values},
+            [x.value for x in groups],
+            floor,
+        )
+        for scale in (1, *others):
+            lengths = [x * (scale / y.scale) for x, y in zip(values, groups, strict=True)]
             lifted = [norm.lift(x, size) for x, size in zip(lengths, sizes, strict=True)]
             sums.append(total(jnp.sum, lifted))
         return window(norm, sums, entries)
@@ -364,6 +373,10 @@ def pool(
     lifted = [norm.lift(x / unit, size) for x, size in zip(values, sizes, strict=True)]
     share = norm.finish(total(norm.combine or jnp.max, lifted), entries)
     return Magnitude(share * unit, least * room)
+
+
+def _at_least(values: list[jax.Array], floor: jax.Array) -> list[jax.Array]:
+    return [jnp.maximum(x, floor) for x in values]
 
 
 def plain(norms: jax.Array) -> Magnitude:

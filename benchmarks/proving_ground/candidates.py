@@ -121,7 +121,10 @@ CANDIDATES: tuple[Contender, ...] = (
         for ratio in RATIOS
     ),
     *(
-        before(f"robust_clip({deviations:g})", lambda _, k=deviations: optclip.robust_clip(k))
+        before(
+            f"robust_clip({deviations:g})",
+            lambda _, k=deviations: optclip.robust_clip(deviations=k),
+        )
         for deviations in (2.0, 0.0, -1.0)
     ),
     *(

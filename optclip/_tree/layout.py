@@ -116,12 +116,22 @@ def layout_of(
     updates: optax.Updates,
     axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
+    params: optax.Params | None = None,
 ) -> Layout:
     """Looks at a tree: which leaves take part, in which groups, split over which devices.
 
     Leaves that are not floating point (integers, booleans, float0) take no part, nor those without
     entries, nor those that the scope leaves alone.
+
+    Args:
+        scope: The scope.
+        updates: The tree.
+        axis_name: See `clip_by`.
+        sharded: See `clip_by`.
+        params: The parameters, where known: an optimizer may hand on a float for an integer.
     """
+    known = leaves_with_paths(params) if params is not None else []
+    fixed = {path for path, x in known if not _numerics.is_floating(x)}
     leaves = leaves_with_paths(updates)
     labels = scope.labels(updates) if scope.labels else [path for path, _ in leaves]
     said = [...] * len(leaves) if sharded is None else answer_per_leaf(sharded, updates, "sharded")
@@ -130,6 +140,8 @@ def layout_of(
     members: list[GroupedLeaf] = []
     for index, ((path, x), label) in enumerate(zip(leaves, labels, strict=True)):
         if label is None or not _numerics.is_floating(x) or not math.prod(jnp.shape(x)):
+            continue
+        if path in fixed:
             continue
         sharding = devices.sharding_of(path, x, axis_name, said[index])
         shape = _whole_shape(jnp.shape(x), sharding, path, needed=not scope.whole_leaves)
@@ -155,6 +167,26 @@ def layout_of(
     names = devices.axis_names(axis_name) or ()
     kinds = _kinds([(member, leaves[member.index][1]) for member in members])
     return Layout(tuple(members), vector, sizes.reshape(vector), dtype, names, kinds)
+
+
+def leaves_of(
+    layout: Layout,
+    leaf_scope: Scope,
+    updates: optax.Updates,
+    axis_name: str | Sequence[str] | None,
+    sharded: Any,
+) -> Layout:
+    """The layout whose groups are single leaves, of those that take part in another."""
+    every = layout_of(leaf_scope, updates, axis_name, sharded)
+    taking = {member.index for member in layout.members}
+    members = [member for member in every.members if member.index in taking]
+    return every._replace(
+        members=tuple(x._replace(start=start) for start, x in enumerate(members)),
+        shape=(len(members),),
+        sizes=np.array([every.size_at(x.start) for x in members]),
+        dtype=layout.dtype,
+        kinds=(),
+    )
 
 
 def _kinds(members: list[tuple[GroupedLeaf, Any]]) -> tuple[tuple[int, ...], ...]:

@@ -1,6 +1,7 @@
 """The norms of a tree, right at every magnitude."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,6 +65,39 @@ def measure_together(
     statistics = statistics_of(layout, norm, forest, scales)
     pairs = zip(statistics, scales, strict=True)
     return [finished(layout, norm, x, scale, gathered) for x, scale in pairs]
+
+
+def pooled(
+    layout: Layout, norm: Norm, of_leaves: Magnitude, sizes: np.ndarray | jax.Array
+) -> PerGroup[Magnitude]:
+    """The norms of groups from those of their leaves.
+
+    Args:
+        layout: Of the groups.
+        norm: The norm.
+        of_leaves: The norms of the leaves that take part, in order.
+        sizes: Entries of each.
+    """
+    of_leaves = Magnitude(*jnp.broadcast_arrays(*of_leaves))
+    found = [
+        norms.pool(norm, [Magnitude(*(x[at] for x in of_leaves))], [sizes[at]])
+        for at in _members_of_groups(layout)
+    ]
+    if layout.shape == ():
+        return PerGroup(found, {0: found[0]})
+    return PerGroup([jax.tree.map(lambda *x: jnp.stack(x), *found)], {})
+
+
+def in_groups(layout: Layout, reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+    """One number for each group from numbers for each leaf that takes part."""
+    found = [reduce(x[at]) for at in _members_of_groups(layout)]
+    return found[0] if layout.shape == () else jnp.stack(found)
+
+
+def _members_of_groups(layout: Layout) -> list[np.ndarray]:
+    starts = np.array([member.start for member in layout.members], int)
+    groups = range(1 if layout.shape == () else layout.shape[0])
+    return [np.flatnonzero(starts == group) for group in groups]
 
 
 def room_for_moduli(leaves: list[jax.Array]) -> float:

@@ -108,7 +108,7 @@ def _named_methods(names: Iterable[Any], record: Record) -> Chosen:
             learned = [x for x in known if isinstance(_by_leaf(x), bool)]
             raise LogError(
                 f"no method to replay is called {name!r}; there are {', '.join(learned)}, and any "
-                "transformation in a mapping: {'mine': optclip.robust_clip(3.0)}"
+                "transformation in a mapping: {'mine': optclip.robust_clip(deviations=3.0)}"
             )
         method = catalogue.named(name)
         if method.needs and method.family != "relative":

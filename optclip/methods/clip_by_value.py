@@ -67,10 +67,10 @@ def clip_by_value(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, ClipState]:
-        del params, extra_args
+        del extra_args
         state = init(updates) if state is None else state
-        layout = layout_of(scopes.tree, updates, axis_name, sharded)
-        measured = layout_of(scopes.leaf, updates, axis_name, sharded) if detail else layout
+        layout = layout_of(scopes.tree, updates, axis_name, sharded, params)
+        measured = layout_of(scopes.leaf, updates, axis_name, sharded, params) if detail else layout
         threshold = at(max_delta, state.steps, jnp.zeros([], layout.dtype))
         with jax.named_scope("optclip/measure"):
             found, share = measure.largest_and_share(measured, updates, threshold)

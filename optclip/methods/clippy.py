@@ -73,9 +73,6 @@ def clippy(
     check_nonfinite(nonfinite)
     check_sharded(axis_name, sharded)
 
-    def look(updates: optax.Updates) -> Layout:
-        return layout_of(scopes.leaf, updates, axis_name, sharded)
-
     def init(params: optax.Params) -> ClipState:
         return init_state_by_leaf(params, axis_name, sharded, detail=detail)
 
@@ -86,7 +83,7 @@ def clippy(
         if params is None:
             raise ValueError(NO_PARAMS_MSG)
         state = init(updates) if state is None else state
-        layout = look(updates)
+        layout = layout_of(scopes.leaf, updates, axis_name, sharded, params)
         rho, alpha = (at(x, state.steps, jnp.zeros([], layout.dtype)) for x in (relative, absolute))
         with jax.named_scope("optclip/measure"):
             by_leaf = _roots_of_ratios(layout, updates, params, rho, alpha)

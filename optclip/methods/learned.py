@@ -137,11 +137,11 @@ def clip_by_quantile(
 
 
 def zclip(
+    *,
     z_threshold: optax.ScalarOrSchedule = 2.5,
     decay: optax.ScalarOrSchedule = 0.97,
     warmup_steps: optax.ScalarOrSchedule = 25,
     variant: ZVariant = "reciprocal",
-    *,
     learn_from: LearnFromOutliers = "clipped",
     patience: float | jax.Array | None = None,
     axis_name: str | Sequence[str] | None = None,
@@ -403,10 +403,10 @@ def clip_by_moving_average(
 
 
 def robust_clip(
+    *,
     deviations: optax.ScalarOrSchedule = 2.0,
     decay: optax.ScalarOrSchedule = 0.97,
     max_rise: optax.ScalarOrSchedule = float("inf"),
-    *,
     learn_from: LearnFromOutliers = "winsorized",
     axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,

@@ -8,14 +8,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _numerics, norms, scopes
-from optclip._checks import check_choice, check_number, number_at
+from optclip import _numerics, norms, scopes, thresholds
+from optclip._checks import check_choice, check_number, check_optimizer, check_sharded, number_at
+from optclip._paths import leaves_with_paths
 from optclip._tree import measure
 from optclip._tree.layout import layout_of, whole_on_devices_of
+from optclip._zeros import always_zero
 from optclip.clipping import NEEDS_STATE_MSG, NO_PARAMS_MSG, clip_by
-from optclip.methods.learned import robust_clip
 from optclip.methods.skip_spikes import SkipNonfinite, unless
 from optclip.state import ClipState
+
+Frozen = dict[str, tuple[()]]
 
 
 class SafeguardState(NamedTuple):
@@ -28,6 +31,8 @@ class SafeguardState(NamedTuple):
         update_ratio: Norm of the last update over that of the parameters (or the floor under it).
         skipping: Whether the last step was skipped; bool.
         skipped_steps: Steps skipped so far; int32.
+        frozen: By path the leaves that the optimizer never moves, which do not count among the
+            parameters; with () for each, so that it holds no arrays.
     """
 
     clip: ClipState
@@ -36,6 +41,7 @@ class SafeguardState(NamedTuple):
     update_ratio: jax.Array
     skipping: jax.Array
     skipped_steps: jax.Array
+    frozen: Frozen
 
 
 def safeguard(
@@ -98,31 +104,39 @@ def safeguard(
         >>> float(optclip.metrics(state)["bound/update_ratio"]) <= 0.01
         True
     """
+    check_optimizer(inner, "safeguard")
     held = optax.with_extra_args_support(inner)
     check_choice(nonfinite, ("skip", "propagate"), "nonfinite=")
     check_number(ratio, "ratio=", hint="pass jnp.inf to switch the bound off")
-    clip = robust_clip(deviations, axis_name=axis_name, sharded=sharded)
+    check_sharded(axis_name, sharded)
+    rule = thresholds.robust(deviations, 0.97, float("inf"), "winsorized")  # As `robust_clip`.
+
+    def clip(frozen: Frozen) -> optax.GradientTransformationExtraArgs:
+        scope = _but(frozen)
+        return clip_by(rule, scope=scope, axis_name=axis_name, sharded=sharded)
 
     def bound(threshold: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
         return clip_by(threshold, axis_name=axis_name, sharded=sharded)
 
-    def length(updates: optax.Updates, params: optax.Params) -> jax.Array:
+    def length(updates: optax.Updates, params: optax.Params, frozen: Frozen) -> jax.Array:
         """The norm of the parameters, or the floor of `clip_by_param_norm` under it."""
-        layout = layout_of(scopes.tree, updates, axis_name, sharded)
+        layout = layout_of(_but(frozen), updates, axis_name, sharded, params)
         least = 1e-3 * jnp.sqrt(jnp.asarray(layout.sizes, layout.dtype))
         return jnp.maximum(measure.measure(layout, norms.l2, params).clamped(), least)
 
     def init(params: optax.Params) -> SafeguardState:
         whole = functools.partial(whole_on_devices_of, params)
-        clip_state: Any = clip.init(params)
+        clip_state: Any = clip({}).init(params)
         bound_state: Any = bound(jnp.inf).init(params)
+        inner_state = held.init(params)
         return SafeguardState(
             clip=clip_state,
-            inner_state=held.init(params),
+            inner_state=inner_state,
             bound=bound_state,
             update_ratio=whole(jnp.zeros([], _numerics.tree_dtype(params))),
             skipping=whole(jnp.zeros([], bool)),
             skipped_steps=whole(jnp.zeros([], jnp.int32)),
+            frozen=_frozen(held, inner_state, params),
         )
 
     def update(
@@ -133,7 +147,7 @@ def safeguard(
         if params is None:
             raise ValueError(NO_PARAMS_MSG)
         clip_state: Any
-        updates, clip_state = clip.update(updates, state.clip, params)
+        updates, clip_state = clip(state.frozen).update(updates, state.clip, params)
         skipping = clip_state.nonfinite_steps > state.clip.nonfinite_steps
         skipping &= nonfinite == "skip"
 
@@ -142,10 +156,10 @@ def safeguard(
         ) -> tuple[Any, Any]:
             inner_state, bound_state, update_ratio = states
             updates, inner_state = held.update(updates, inner_state, params, **extra_args)
-            allowed = length(updates, params)
+            allowed = length(updates, params, state.frozen)
             threshold = number_at(ratio, bound_state.steps, allowed) * allowed
             new: Any
-            updates, new = bound(threshold).update(updates, bound_state)
+            updates, new = bound(threshold).update(updates, bound_state, params)
             reached = new.clipped_norm / _numerics.narrowed(allowed, update_ratio.dtype)
             return updates, (inner_state, new, reached)
 
@@ -159,6 +173,32 @@ def safeguard(
             update_ratio=update_ratio,
             skipping=skipping,
             skipped_steps=state.skipped_steps + skipping.astype(jnp.int32),
+            frozen=state.frozen,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _but(frozen: Frozen) -> scopes.Scope:
+    """The whole tree, but for the leaves that never move."""
+
+    def labels(updates: optax.Updates) -> list[str | None]:
+        return [None if path in frozen else "all" for path, _ in leaves_with_paths(updates)]
+
+    return scopes.tree._replace(labels=labels) if frozen else scopes.tree
+
+
+def _frozen(
+    inner: optax.GradientTransformationExtraArgs, inner_state: Any, params: optax.Params
+) -> Frozen:
+    """The leaves whose updates are zero whatever the gradient is, as of `optax.set_to_zero`."""
+
+    def step(updates: optax.Updates, inner_state: Any, params: optax.Params) -> Any:
+        return inner.update(updates, inner_state, params)[0]
+
+    try:
+        zeros = always_zero(step, params, inner_state, params)
+    except TypeError:  # It asks for more than that, as for the loss: all its leaves may move.
+        return {}
+    paths = [path for path, _ in leaves_with_paths(params)]
+    return {path: () for path, zero in zip(paths, zeros, strict=True) if zero}

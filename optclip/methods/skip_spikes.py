@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from optclip import _numerics, norms, scopes
-from optclip._checks import check_choice, check_count, check_number, check_sharded
+from optclip._checks import check_choice, check_count, check_number, check_optimizer, check_sharded
 from optclip._tree import measure
 from optclip._tree.layout import layout_of, whole_on_devices_of
 from optclip.clipping import NEEDS_STATE_MSG
@@ -112,6 +112,7 @@ def skip_spikes(
     References:
         The rule is that of the trainers OLMo-core and Levanter, which let spikes into the window.
     """
+    check_optimizer(inner, "skip_spikes")
     held = optax.with_extra_args_support(inner)
     window = check_count(window, "window=")
     # No schedules: on which step of a run it skips, the state does not count.
@@ -152,7 +153,7 @@ def skip_spikes(
     ) -> tuple[optax.Updates, SkipState]:
         if state is None:
             raise ValueError(NEEDS_STATE_MSG)
-        layout = layout_of(scopes.tree, updates, axis_name, sharded)
+        layout = layout_of(scopes.tree, updates, axis_name, sharded, params)
         with jax.named_scope("optclip/measure"):
             magnitude = measure.measure(layout, norms.l2, updates)
         dtype = state.norm.dtype

@@ -87,10 +87,10 @@ def spam_clip(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, ClipState]:
-        del params, extra_args
+        del extra_args
         if state is None:
             raise ValueError(NEEDS_STATE_MSG)
-        layout = layout_of(scopes.tree, updates, axis_name, sharded)
+        layout = layout_of(scopes.tree, updates, axis_name, sharded, params)
         like = jnp.zeros([], layout.dtype)
         theta, keep, warmup = (
             number_at(x, state.steps, like) for x in (threshold, decay, warmup_steps)

@@ -10,7 +10,7 @@ import optax
 import pytest
 from helpers.registry import METHODS
 from helpers.running import assert_as_the_oracle, each_method, start
-from helpers.samples import quick_jit
+from helpers.samples import assert_close, quick_jit
 from helpers.strategies import KINDS, TREES, values
 
 import optclip
@@ -75,6 +75,22 @@ def test_4_derivatives_are_those_of_a_cpu(name, platform, monkeypatch):
         largest = max(np.max(np.abs(x), initial=0) for x in jax.tree.leaves(expected))
         for ours, right in zip(*pairs, strict=True):
             np.testing.assert_allclose(ours, right, rtol=1e-4, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("platform", ["cpu", *OTHERS])
+@each_method
+def test_4_a_gradient_that_the_compiler_knows_is_measured_as_any_other(method, platform, forced):
+    """Zeros of a part that is frozen: of squares XLA would take out that of a scale, infinity."""
+    transform, params = method.build(), {"a": jnp.ones((40, 30)), "b": jnp.ones(3)}
+    state = transform.init(params)
+    for size in (0.0, 1e-30, 1e30):
+
+        def constant(x, size=size):
+            return transform.update({"a": jnp.full((40, 30), size), "b": x}, state, params)
+
+        given = {"a": jnp.full((40, 30), size), "b": jnp.ones(3)}
+        expected = quick_jit(transform.update)(given, state, params)
+        assert_close(quick_jit(constant)(given["b"]), expected, rtol=1e-5)
 
 
 def test_a_narrow_matrix_is_added_up_in_stripes():

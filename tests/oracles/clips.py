@@ -106,6 +106,14 @@ def size_of(tree: Any, group: Group) -> int:
     return sum(np.size(np.asarray(leaves[place])[selector]) for place, selector in group)
 
 
+def _moving(updates: Any, group: Group) -> Group:
+    """Of a group of several leaves those that move: contract 12."""
+    if len({place for place, _ in group}) < 2:
+        return group
+    leaves = jax.tree.leaves(updates)
+    return [(place, at) for place, at in group if np.any(np.asarray(leaves[place])[at] != 0)]
+
+
 # Scopes
 
 
@@ -213,7 +221,7 @@ class Clip:
         """Clips one finite gradient, and learns from it."""
         groups = groups_of(updates, self.scope, **self.walk)
         norms = [self.measure(updates, params, group) for group in groups]
-        thresholds = self.thresholds(norms, params, groups)
+        thresholds = self.thresholds(norms, params, [_moving(updates, x) for x in groups])
         pairs = list(zip(norms, thresholds, strict=True))
         factors = [self.limiter(*pair) for pair in pairs]
         leaves, structure = jax.tree.flatten(updates)

@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(optclip.__file__).parent
 
 LAYERS = (
     {"_jax"},
-    {"_numerics", "_paths", "_checks"},
+    {"_numerics", "_paths", "_checks", "_zeros"},
     {"norms"},
     {"scopes", "limiters", "thresholds"},
     {"_tree"},
