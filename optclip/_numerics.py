@@ -91,7 +91,7 @@ def scaled_opaquely(x: jax.Array, scale: jax.Array, floor: jax.Array) -> jax.Arr
     if jnp.iscomplexobj(x):
         parts = (scaled_opaquely(part, scale, floor) for part in (x.real, x.imag))
         return lax.complex(*parts)
-    return jnp.maximum(scaled(x, scale), floor.astype(x.dtype))
+    return jnp.maximum(scaled(x, scale), lax.stop_gradient(floor).astype(x.dtype))
 
 
 def modulus(x: jax.Array) -> jax.Array:

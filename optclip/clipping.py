@@ -111,30 +111,28 @@ def clip_by(
         groups = kind_of_detail(zeros(detail_scope), zeros(detail_scope)) if detail else ()
         return init_state(params, memory, groups)
 
-    # Groups of several leaves: what does not move must not count among the parameters.
-    weighs = rule.needs_params and scope.labels is not None
-
     def measured(
-        layout: Layout, *trees: Any
+        layout: Layout, params: Any, *trees: Any
     ) -> tuple[list[PerGroup[Magnitude]], jax.Array | None, jax.Array | None]:
         """The norms of each tree; of leaves, for details of one group; entries that move."""
-        if not weighs and not (detail and scope.one_group):
+        details = detail and scope.one_group
+        # Groups of several leaves: what does not move must not count among the parameters.
+        weighing = rule.needs_params and scope.labels is not None and bool(layout.members)
+        found: list[PerGroup[Magnitude]] = []
+        pooling = details or (weighing and bool(layout.axis_names))  # Devices talk once.
+        if not pooling:
             gathered = detail or not _works_in_parts(rule, norm, layout)
-            return measure.measure_together(layout, norm, *trees, gathered=gathered), None, None
-        leaves = leaves_of(layout, scopes.leaf, trees[0], axis_name, sharded)
-        own, *reference = (x.blocks[0] for x in measure.measure_together(leaves, norm, *trees))
-        details = own.clamped() if scope.one_group else None
-        found, sizes = [measure.pooled(layout, norm, own, leaves.sizes)], None
-        if weighs:
-            moving = own.value != 0  # Also what is not finite.
-            entries = jnp.where(moving, leaves.sizes.astype(own.value.dtype), 0)
-            (weights,) = reference
-            weights = weights._replace(value=jnp.where(moving, weights.value, 0))
-            found.append(measure.pooled(layout, norm, weights, entries))
-            sizes = measure.in_groups(layout, jnp.sum, entries)
-        else:
-            found += [measure.pooled(layout, norm, x, leaves.sizes) for x in reference]
-        return found, details, sizes
+            found = measure.measure_together(layout, norm, *trees, gathered=gathered)
+        if not details and not weighing:
+            return found, None, None
+        leaves = leaves_of(layout, scopes.leaf, trees[0], axis_name, sharded, params)
+        by_leaf = [x.blocks[0] for x in measure.measure_together(leaves, norm, *trees)]
+        if pooling:
+            found = [measure.pooled(layout, norm, x, leaves.sizes) for x in by_leaf]
+        leaf_norms, moving = by_leaf[0].clamped() if details else None, None
+        if weighing:
+            found[1], moving = measure.of_what_moves(layout, norm, leaves, by_leaf, found[1])
+        return found, leaf_norms, moving
 
     def thresholds_now(
         state: ClipState,
@@ -160,7 +158,7 @@ def clip_by(
             for *norms, size in zip(*(x.blocks for x in found), sizes, strict=True)
         ]
         by_piece: dict[int, jax.Array] = {}
-        if rule.separable and layout.shape and not layout.axis_names:
+        if rule.separable and layout.shape and not layout.axis_names and moving is None:
             for start in own.pieces:
                 by_piece[start] = ask([x.pieces[start] for x in found], layout.size_at(start))
                 if by_piece[start].shape not in ((), own.pieces[start].value.shape):
@@ -180,7 +178,7 @@ def clip_by(
         layout = layout_of(scope, updates, axis_name, sharded, params)
         with jax.named_scope("optclip/measure"):
             trees = (updates, params) if rule.needs_params else (updates,)
-            found, leaf_norms, moving = measured(layout, *trees)
+            found, leaf_norms, moving = measured(layout, params, *trees)
             magnitudes, group_norms = found[0].blocks, [x.clamped() for x in found[0].blocks]
             finite = pieces.total(jnp.all, [jnp.isfinite(x.value) for x in magnitudes])
         with jax.named_scope("optclip/threshold"):
@@ -190,7 +188,10 @@ def clip_by(
             bound = jax.tree.map(lambda x: jnp.where(finite, x, jnp.inf), threshold)
             factors = limit.factors_for(limiter, layout, found[0], bound)
             updates = limit.rescale(layout, updates, factors.pieces)
-            clipped_norms = list(map(limiters.clipped_norm, magnitudes, factors.blocks))
+            clipped_norms = [
+                limiters.clipped_norm(limiter, *each)
+                for each in zip(magnitudes, factors.blocks, bound.blocks, strict=True)
+            ]
             products = [factor.product() for factor in factors.blocks]
             if nonfinite == "zero":
                 updates = limit.zeroed_unless(finite, updates)

@@ -68,10 +68,13 @@ class Factor(NamedTuple):
         return self.coarse * self.fine
 
 
-def clipped_norm(magnitude: Magnitude, factor: Factor) -> jax.Array:
+def clipped_norm(
+    limiter: Limiter, magnitude: Magnitude, factor: Factor, threshold: jax.Array
+) -> jax.Array:
     """What is left of a norm, which may itself be too large for a float32."""
-    left = magnitude.value * factor.fine * (factor.coarse / jnp.minimum(magnitude.scale, 1))
-    left = left / jnp.maximum(magnitude.scale, 1)
+    if limiter is rescale:  # Without the roundings of a product, which rules would learn from.
+        return jnp.minimum(magnitude.clamped(), threshold)
+    left = _left(magnitude, factor.coarse) * factor.fine
     most = _numerics.largest(left.dtype)
     return jnp.where(jnp.isfinite(magnitude.value), jnp.minimum(left, most), left)
 

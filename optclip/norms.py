@@ -70,7 +70,9 @@ class Norm(NamedTuple):
 def read(x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
     """A leaf as statistics read it: widened, and scaled."""
     x = _numerics.widened(x)
-    return x if scale is None else _numerics.scaled_opaquely(x, scale, -jnp.inf * scale)
+    if scale is None:
+        return x
+    return _numerics.scaled_opaquely(x, scale, -jnp.inf * lax.stop_gradient(scale))
 
 
 def _root(statistic: jax.Array, power: float) -> jax.Array:

@@ -175,9 +175,10 @@ def leaves_of(
     updates: optax.Updates,
     axis_name: str | Sequence[str] | None,
     sharded: Any,
+    params: optax.Params | None,
 ) -> Layout:
     """The layout whose groups are single leaves, of those that take part in another."""
-    every = layout_of(leaf_scope, updates, axis_name, sharded)
+    every = layout_of(leaf_scope, updates, axis_name, sharded, params)
     taking = {member.index for member in layout.members}
     members = [member for member in every.members if member.index in taking]
     return every._replace(

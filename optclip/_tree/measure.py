@@ -67,6 +67,36 @@ def measure_together(
     return [finished(layout, norm, x, scale, gathered) for x, scale in pairs]
 
 
+def of_what_moves(
+    layout: Layout,
+    norm: Norm,
+    leaves: Layout,
+    both: list[Magnitude],
+    whole: PerGroup[Magnitude],
+) -> tuple[PerGroup[Magnitude], jax.Array]:
+    """The norms of parameters whose updates are not zero, and how many entries those have.
+
+    Args:
+        layout: Of the groups.
+        norm: The norm.
+        leaves: Of the leaves that take part.
+        both: The norms of their updates and of their parameters.
+        whole: The norms of the groups of parameters; those they are where all move, or nothing.
+    """
+    updates, params = both
+    moving = updates.value != 0  # Also what is not finite.
+    some = jnp.any(moving)
+    moving |= ~some
+    entries = jnp.where(moving, leaves.sizes.astype(leaves.dtype), 0)
+    parts = pooled(layout, norm, params._replace(value=jnp.where(moving, params.value, 0)), entries)
+    chosen = [
+        jax.tree.map(functools.partial(jnp.where, jnp.all(moving)), *each)
+        for each in zip(whole.blocks, parts.blocks, strict=True)
+    ]
+    by_piece = {0: chosen[0]} if layout.shape == () else {}
+    return PerGroup(chosen, by_piece), in_groups(layout, jnp.sum, entries)
+
+
 def pooled(
     layout: Layout, norm: Norm, of_leaves: Magnitude, sizes: np.ndarray | jax.Array
 ) -> PerGroup[Magnitude]:

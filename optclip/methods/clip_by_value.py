@@ -86,7 +86,7 @@ def clip_by_value(
             zeroed = nonfinite == "zero"
             if zeroed:
                 updates = limit.zeroed_unless(finite, updates)
-        left = limiters.clipped_norm(peak, factor)
+        left = limiters.clipped_norm(limiters.rescale, peak, factor, bound)
         outcome = Outcome(
             finite=finite,
             norm=peak.clamped(),

@@ -107,11 +107,10 @@ def size_of(tree: Any, group: Group) -> int:
 
 
 def _moving(updates: Any, group: Group) -> Group:
-    """Of a group of several leaves those that move: contract 12."""
-    if len({place for place, _ in group}) < 2:
-        return group
+    """Of a group of several leaves those that move, or all where none does: contract 12."""
     leaves = jax.tree.leaves(updates)
-    return [(place, at) for place, at in group if np.any(np.asarray(leaves[place])[at] != 0)]
+    moving = [(place, at) for place, at in group if np.any(np.asarray(leaves[place])[at] != 0)]
+    return moving or group
 
 
 # Scopes

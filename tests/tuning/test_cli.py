@@ -191,7 +191,7 @@ def test_what_is_listed_of_a_method(run):
     assert zclip["arguments"][0] == {
         "name": "z_threshold",
         "default": "2.5",
-        "keyword_only": False,
+        "keyword_only": True,
     }
     assert zclip["summary"] == "Clips norms that are outliers by their z-score (ZClip)."
     assert zclip["papers"] == [
@@ -204,7 +204,7 @@ def test_what_is_listed_of_a_method(run):
     ]
     code, shown, _ = run("methods", "zclip")
     assert code == 0
-    assert shown.startswith("optclip.zclip(z_threshold=2.5, decay=0.97, ")
+    assert shown.startswith("optclip.zclip(*, z_threshold=2.5, decay=0.97, ")
     assert optclip.zclip.__doc__.split("\n")[-2].strip() in shown
     assert "\n    z = (n - mu) / (sigma + 10^(-6)),\n" in shown
     assert "scope=scopes.tree, norm=norms.l2, limiter=limiters.rescale" in run(

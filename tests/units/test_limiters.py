@@ -57,7 +57,8 @@ def test_factors_of_any_size(name, scale):
             product = float(factor.coarse) * float(factor.fine)
             np.testing.assert_allclose(product, right(size, threshold), rtol=1e-5)
             assert_right(factor.product(), right(size, threshold))
-            assert_right(limiters.clipped_norm(magnitude, factor), size * right(size, threshold))
+            left = limiters.clipped_norm(limiter, magnitude, factor, jnp.float32(threshold))
+            assert_right(left, size * right(size, threshold))
 
 
 def test_a_limiter_of_ones_own():
