@@ -349,8 +349,15 @@ def in_pairs(combine: Callable[..., jax.Array], terms: list[jax.Array]) -> jax.A
 
 
 def is_floating(x: Any) -> bool:
-    """Whether a leaf is measured and clipped: floating point or complex, float0 not."""
-    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    """Whether a leaf is measured and clipped: floating point or complex, float0 not.
+
+    A model may hold functions and strings beside its arrays.
+    """
+    dtype = getattr(x, "dtype", None)
+    if dtype is None:
+        if not isinstance(x, bool | int | float | complex):
+            return False
+        dtype = jnp.result_type(x)
     return dtype != jax.dtypes.float0 and jnp.issubdtype(dtype, jnp.inexact)
 
 

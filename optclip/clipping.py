@@ -22,6 +22,7 @@ from optclip.state import (
     GroupDetail,
     LeafDetail,
     Outcome,
+    check_state,
     init_state,
     step_of,
     update_state,
@@ -176,6 +177,15 @@ def clip_by(
             raise ValueError(NEEDS_STATE_MSG)
         state = init(updates) if state is None else state
         layout = layout_of(scope, updates, axis_name, sharded, params)
+        check_state(state, ClipState)
+        if rule.has_memory:
+            size = jax.ShapeDtypeStruct(layout.shape, state.norm.dtype)
+            check_state(state, ClipState, ("memory", state.memory, jax.eval_shape(rule.init, size)))
+        if bool(state.detail) != detail:
+            raise ValueError(
+                f"this state was made {'with' if state.detail else 'without'} detail=True, and the "
+                f"clip is {'with' if detail else 'without'} it: start with init(params)"
+            )
         with jax.named_scope("optclip/measure"):
             trees = (updates, params) if rule.needs_params else (updates,)
             found, leaf_norms, moving = measured(layout, params, *trees)

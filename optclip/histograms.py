@@ -14,7 +14,7 @@ import optax
 
 from optclip._tree.layout import whole_on_devices_of
 from optclip.clipping import NEEDS_STATE_MSG
-from optclip.state import ClipState
+from optclip.state import ClipState, check_state
 
 BINS_PER_OCTAVE = 18
 OCTAVES = 128
@@ -54,6 +54,8 @@ def recording(
     ) -> tuple[optax.Updates, ClipState]:
         if state is None:
             raise ValueError(NEEDS_STATE_MSG)
+        check_state(state, ClipState)
+        check_state(state.memory, NormHistogram)
         updates, new = measured.update(updates, state._replace(memory=()), params, **extra_args)
         assert isinstance(new, ClipState)
         with jax.named_scope("optclip/observe"):

@@ -163,6 +163,32 @@ def update_state(
     return jax.tree.map(kept, state, new)
 
 
+def check_state(state: Any, kind: type, *shapes: tuple[str, Any, Any]) -> None:
+    """Refuses a state of another kind or size, which would be read wrongly or not at all.
+
+    Args:
+        state: What was passed.
+        kind: The class it must have.
+        *shapes: A name, what the state has there, and what is expected, as trees of arrays or
+            shapes.
+    """
+    way = (
+        "a state of another optimizer or clip, or one that came back from a checkpoint without its "
+        "types, does not fit: start with init(params), or restore into what that returns"
+    )
+    if not isinstance(state, kind):
+        raise ValueError(f"expected a {kind.__name__} as state, got {type(state).__name__}; {way}")
+    for name, given, expected in shapes:
+        own, wanted = ([jnp.shape(x) for x in jax.tree.leaves(tree)] for tree in (given, expected))
+        kinds = [jax.tree.structure(tree) for tree in (given, expected)]
+        if own != wanted or kinds[0] != kinds[1]:
+            has, needs = (
+                f"{type(tree).__name__} of {sizes}"
+                for tree, sizes in ((given, own), (expected, wanted))
+            )
+            raise ValueError(f"{name} of this state is {has}, expected {needs}; {way}")
+
+
 def step_of(state: ClipState) -> Step:
     """Where in the run the next update is."""
     return Step(state.steps, state.steps - state.nonfinite_steps)

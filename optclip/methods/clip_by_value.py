@@ -12,7 +12,14 @@ from optclip._checks import at, check_number, check_sharded
 from optclip._tree import limit, measure
 from optclip._tree.layout import layout_of
 from optclip.clipping import Nonfinite, check_nonfinite
-from optclip.state import ClipState, LeafDetail, Outcome, init_state_by_leaf, update_state
+from optclip.state import (
+    ClipState,
+    LeafDetail,
+    Outcome,
+    check_state,
+    init_state_by_leaf,
+    update_state,
+)
 
 
 def clip_by_value(
@@ -69,6 +76,7 @@ def clip_by_value(
     ) -> tuple[optax.Updates, ClipState]:
         del extra_args
         state = init(updates) if state is None else state
+        check_state(state, ClipState)
         layout = layout_of(scopes.tree, updates, axis_name, sharded, params)
         measured = layout_of(scopes.leaf, updates, axis_name, sharded, params) if detail else layout
         threshold = at(max_delta, state.steps, jnp.zeros([], layout.dtype))

@@ -15,7 +15,14 @@ from optclip._tree import devices, limit, pieces
 from optclip._tree.layout import Layout, layout_of, select_leaves
 from optclip.clipping import NO_PARAMS_MSG, Nonfinite, check_nonfinite
 from optclip.limiters import Factor
-from optclip.state import ClipState, LeafDetail, Outcome, init_state_by_leaf, update_state
+from optclip.state import (
+    ClipState,
+    LeafDetail,
+    Outcome,
+    check_state,
+    init_state_by_leaf,
+    update_state,
+)
 
 
 def clippy(
@@ -83,6 +90,7 @@ def clippy(
         if params is None:
             raise ValueError(NO_PARAMS_MSG)
         state = init(updates) if state is None else state
+        check_state(state, ClipState)
         layout = layout_of(scopes.leaf, updates, axis_name, sharded, params)
         rho, alpha = (at(x, state.steps, jnp.zeros([], layout.dtype)) for x in (relative, absolute))
         with jax.named_scope("optclip/measure"):

@@ -16,7 +16,7 @@ from optclip._tree.layout import layout_of, whole_on_devices_of
 from optclip._zeros import always_zero
 from optclip.clipping import NEEDS_STATE_MSG, NO_PARAMS_MSG, clip_by
 from optclip.methods.skip_spikes import SkipNonfinite, unless
-from optclip.state import ClipState
+from optclip.state import ClipState, check_state
 
 Frozen = dict[str, tuple[()]]
 
@@ -144,6 +144,7 @@ def safeguard(
     ) -> tuple[optax.Updates, SafeguardState]:
         if state is None:
             raise ValueError(NEEDS_STATE_MSG)
+        check_state(state, SafeguardState)
         if params is None:
             raise ValueError(NO_PARAMS_MSG)
         clip_state: Any
@@ -160,7 +161,9 @@ def safeguard(
             threshold = number_at(ratio, bound_state.steps, allowed) * allowed
             new: Any
             updates, new = bound(threshold).update(updates, bound_state, params)
-            reached = new.clipped_norm / _numerics.narrowed(allowed, update_ratio.dtype)
+            reached = new.clipped_norm / _numerics.narrowed(
+                jnp.where(allowed > 0, allowed, 1), update_ratio.dtype
+            )
             return updates, (inner_state, new, reached)
 
         states = (state.inner_state, state.bound, jnp.zeros_like(state.update_ratio))

@@ -17,6 +17,7 @@ from optclip._checks import check_choice, check_count, check_number, check_optim
 from optclip._tree import measure
 from optclip._tree.layout import layout_of, whole_on_devices_of
 from optclip.clipping import NEEDS_STATE_MSG
+from optclip.state import check_state
 
 SkipNonfinite = Literal["skip", "propagate"]
 
@@ -153,6 +154,9 @@ def skip_spikes(
     ) -> tuple[optax.Updates, SkipState]:
         if state is None:
             raise ValueError(NEEDS_STATE_MSG)
+        check_state(state, SkipState)
+        ring = jax.ShapeDtypeStruct((window,), state.norm.dtype)
+        check_state(state, SkipState, ("window", state.norms.values, ring))
         layout = layout_of(scopes.tree, updates, axis_name, sharded, params)
         with jax.named_scope("optclip/measure"):
             magnitude = measure.measure(layout, norms.l2, updates)
@@ -227,7 +231,7 @@ def _limit(ring: Accepted, deviations: float | jax.Array, patience: float | jax.
     mean = jnp.sum(jnp.where(filled, shares, 0)) / divisor
     away = jnp.where(filled, shares - mean, 0)
     # Of equal values rounding makes a deviation of about 1e-6 of the largest.
-    deviation = jnp.maximum(jnp.sqrt(jnp.sum(away * away) / divisor), 1e-6)
+    deviation = jnp.maximum(_numerics.square_root(jnp.sum(away * away) / divisor), 1e-6)
     limit = (mean + jnp.asarray(deviations).astype(dtype) * deviation) * unit
     needed = jnp.minimum(jnp.asarray(patience).astype(dtype), max(window // 2, 1))
     return jnp.where(among >= needed, limit, jnp.inf).astype(dtype)

@@ -16,7 +16,7 @@ from optclip._tree import devices, limit, measure
 from optclip._tree.layout import Layout, layout_of, select_leaves
 from optclip.clipping import NEEDS_STATE_MSG, Nonfinite, check_nonfinite
 from optclip.norms import Magnitude
-from optclip.state import ClipState, Outcome, init_state, step_of, update_state
+from optclip.state import ClipState, Outcome, check_state, init_state, step_of, update_state
 from optclip.thresholds.averages import LearnFrom, check_learn_from
 
 
@@ -90,6 +90,7 @@ def spam_clip(
         del extra_args
         if state is None:
             raise ValueError(NEEDS_STATE_MSG)
+        check_state(state, ClipState)
         layout = layout_of(scopes.tree, updates, axis_name, sharded, params)
         like = jnp.zeros([], layout.dtype)
         theta, keep, warmup = (
@@ -97,6 +98,7 @@ def spam_clip(
         )
         warm = step_of(state).finite.astype(layout.dtype) >= warmup
         moments, treedef = jax.tree.flatten(state.memory)
+        check_state(state, ClipState, ("memory", moments, select_leaves(layout, updates)))
         pairs = list(zip(select_leaves(layout, updates), moments, strict=True))
         rise = jnp.where(warm, jnp.sqrt(theta), jnp.inf)
         with jax.named_scope("optclip/measure"):
@@ -226,7 +228,10 @@ def _bounded(x: jax.Array, moment: jax.Array, rise: jax.Array) -> _Entries:
     # Beside a 64-bit gradient or moment the other is 64-bit too.
     dtype = moment.dtype if moment.dtype == jnp.float64 else _numerics.accumulator(x.dtype)
     x, moment = _numerics.widened(x, dtype), moment.astype(dtype)
-    bound = jnp.where(moment > 0, rise.astype(dtype) * moment, jnp.inf)
+    rise = rise.astype(dtype)
+    # A bound of infinity has no slope.
+    bounded = (moment > 0) & jnp.isfinite(rise)
+    bound = jnp.where(bounded, jnp.where(bounded, rise, 1) * moment, jnp.inf)
     return _Entries(x, moment, _numerics.modulus(x), bound)
 
 

@@ -188,7 +188,8 @@ def robust(
         begun = memory.seen > 0
         learned = clipped_norms if learn_from == "clipped" else norms
         # Logarithms of ratios to the level: exact whatever the scale of the norms.
-        ratio = learned / jnp.where(begun, memory.level, learned)
+        own = jnp.where(learned > 0, learned, 1)  # Nothing is learned from 0.
+        ratio = learned / jnp.where(begun, memory.level, own)
         away = jnp.log(jnp.clip(ratio, 1e-30, 1e30))
         if learn_from == "winsorized":
             reach = HELD * jnp.maximum(jnp.sqrt(memory.variance), LEAST_SPREAD)

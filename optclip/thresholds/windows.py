@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optclip._checks import check_count, check_number, number_at
+from optclip._numerics import square_root
 from optclip.thresholds.averages import LearnFrom, check_learn_from, feed
 from optclip.thresholds.rules import Rule
 
@@ -72,7 +73,7 @@ def mean_over_window(
         shares = memory.norms / jnp.broadcast_to(unit, memory.norms.shape)
         mean = jnp.sum(jnp.where(filled, shares, 0), axis=0) / among
         away = jnp.where(filled, shares - jnp.broadcast_to(mean, shares.shape), 0)
-        deviation = jnp.sqrt(jnp.sum(away * away, axis=0) / among)
+        deviation = square_root(jnp.sum(away * away, axis=0) / among)
         deviation = jnp.maximum(deviation, least * mean)
         limit = (mean + number_at(deviations, step.count, norms) * deviation) * unit
         return jnp.where(memory.seen >= max(window // 2, 1), limit, jnp.inf)

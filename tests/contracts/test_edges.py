@@ -228,6 +228,19 @@ def test_7_what_is_not_floating_point_is_not_touched(method, nonfinite):
 
 
 @each_method
+def test_7_functions_and_strings_beside_arrays_are_not_touched(method):
+    """As in a model that is handed over whole."""
+    transform = method.build()
+    tree = {"activation": jax.nn.relu, "name": "dense", "w": jnp.ones((3, 2))}
+    params = {"w": tree["w"]}
+    updates, _ = transform.update(tree, transform.init(tree), tree)
+    assert updates["activation"] is jax.nn.relu
+    assert updates["name"] == "dense"
+    expected, _ = transform.update(params, transform.init(params), params)
+    assert_same(updates["w"], expected["w"])
+
+
+@each_method
 def test_7_numpy_and_python_floats_are_clipped_like_arrays(method):
     gradient = {"numpy": np.array([[3.0, -4.0], [0.5, 1.0]], np.float32), "python": 2.0}
     arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), gradient)

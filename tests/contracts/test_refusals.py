@@ -171,3 +171,18 @@ def test_5_traced_nonsense_has_a_meaning(method):
         assert_same(updates, expected)
         assert_same(after, right)
         assert bool(jnp.any(updates["w"] != 0)) == (meant > 0)
+
+
+@pytest.mark.parametrize("wrapper", [optclip.skip_spikes, optclip.safeguard])
+def test_5_what_is_no_optimizer_is_refused(wrapper):
+    with pytest.raises(ValueError, match=r"around an optimizer.*adamw\(1e-3\).*1.0"):
+        wrapper(1.0)
+    with pytest.raises(ValueError, match=r"function adam.*call adam\(\.\.\.\) first"):
+        wrapper(optax.adam)
+
+
+@pytest.mark.parametrize("rule", [optclip.robust_clip, optclip.zclip])
+def test_5_a_max_norm_typed_for_a_rule_is_no_deviation(rule):
+    """`robust_clip(1.0)` in place of `clip_by_global_norm(1.0)`."""
+    with pytest.raises(TypeError, match="positional argument"):
+        rule(1.0)

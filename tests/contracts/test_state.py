@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import serialization
 from helpers.samples import (
     ALL_METHODS,
     KINDS,
@@ -31,6 +32,8 @@ from helpers.samples import (
 )
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+import optclip
 
 SPECS = {
     "attention": {"kernel": P("model", "data"), "query": P(None, None, "data")},
@@ -296,3 +299,95 @@ def test_the_transformation_itself_remembers_nothing(method):
         method.build(), other(params), other(updates)
     )
     assert program(shared, params, updates) == first
+
+
+@each_method
+@pytest.mark.parametrize("promotion", ["standard", "strict"])
+def test_parameters_and_gradients_of_any_two_types(method, promotion):
+    """In 64 bits too: a step gives the gradient's types and keeps those of the state."""
+    real, complex_ = (jnp.bfloat16, jnp.float32, jnp.float64), (jnp.complex64, jnp.complex128)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion(promotion):
+        for kinds in (real, complex_):
+            for of_params, of_updates in itertools.product(kinds, kinds):
+                transform, shape = method.build(), (3, 2)
+                params = {"a": jnp.ones(shape, of_params)}
+                gradient = {"a": jnp.ones(shape, of_updates)}
+                state = transform.init(params)
+                for _ in range(2):
+                    updates, after = transform.update(gradient, state, params)
+                    assert updates["a"].dtype == of_updates
+                    kept = [jax.tree.map(lambda x: (x.shape, x.dtype), x) for x in (after, state)]
+                    assert kept[0] == kept[1]
+                    state = after
+
+
+@each_method
+def test_a_derivative_through_several_steps_is_finite(method):
+    """As a learned optimizer or a hypergradient takes it; also where gradients are equal or 0."""
+    transform, params = method.build(), {"a": jnp.ones((3, 2)), "b": jnp.ones(3)}
+
+    def loss(gradient):
+        state, total = transform.init(params), jnp.zeros([])
+        for step in range(4):
+            given = jax.tree.map(lambda x, step=step: x * (1 + step % 3), gradient)
+            updates, state = transform.update(given, state, params)
+            total += sum(jnp.sum(x) for x in jax.tree.leaves(updates))
+        return total
+
+    slope = quick_jit(jax.grad(loss))
+    for size in (0.0, 0.3):
+        found = slope(jax.tree.map(lambda x, size=size: size * x, params))
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(found)), size
+
+
+@each_method
+def test_nothing_makes_a_nan_on_its_way(method):
+    """`jax_debug_nans` stops at the first, with every operation by itself too."""
+    transform, params = method.build(), {"a": jnp.ones((3, 2)), "b": jnp.ones(3)}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    with jax.debug_nans(True):
+        for gradients in ((zero, params, params), (params, zero)):
+            state = transform.init(params)
+            for gradient in gradients:
+                _, state = transform.update(gradient, state, params)
+        _, state = transform.update({}, transform.init({}), {})
+    assert not any(np.any(np.isnan(x)) for x in optclip.metrics(state).values())
+
+
+@each_method
+def test_a_state_of_another_kind_is_refused_with_the_way(method):
+    transform, params = method.build(), sample_parameters()["bias"]
+    state, updates = transform.init(params), gradient()["bias"]
+    restored = (
+        optax.EmptyState(),
+        serialization.to_state_dict(state),
+        jax.tree.leaves(state),
+        tuple(state),
+    )
+    for wrong in restored:
+        kinds = f"expected a {type(state).__name__} as state, got {type(wrong).__name__}"
+        with pytest.raises(ValueError, match=rf"{kinds}.*init\(params\)"):
+            transform.update(updates, wrong, params)
+
+
+def test_a_state_of_another_size_is_refused_with_both():
+    params, fewer = {"a": jnp.ones(3), "b": jnp.ones(2)}, {"a": jnp.ones(3)}
+    window = optclip.clip_by_window
+    for transform, state, sizes in (
+        (optclip.adagc(), optclip.adagc().init(fewer), r"\(1,\).*\(2,\)"),
+        (optclip.spam_clip(), optclip.spam_clip().init(fewer), r"\(3,\)\].*\(3,\), \(2,\)"),
+        (window(window=8), window(window=16).init(params), r"\(16,\).*\(8,\)"),
+        (
+            optclip.skip_spikes(optax.sgd(0.1), window=8),
+            optclip.skip_spikes(optax.sgd(0.1), window=16).init(params),
+            r"\(16,\).*\(8,\)",
+        ),
+        (optclip.robust_clip(), optclip.zclip().init(params), "Spread.*expected Level"),
+        (optclip.robust_clip(), optclip.clip_by_global_norm(1.0).init(params), "expected Level"),
+    ):
+        with pytest.raises(ValueError, match=rf"{sizes}.*init\(params\)"):
+            transform.update(params, state, params)
+    with pytest.raises(ValueError, match=r"without detail=True.*with it"):
+        optclip.clip_by_global_norm(1.0, detail=True).update(
+            params, optclip.clip_by_global_norm(1.0).init(params)
+        )
