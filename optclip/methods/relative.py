@@ -98,7 +98,8 @@ def clip_by_param_norm(
     .. math:: u \leftarrow u \, \min\left(1, \rho \max(\|w\|, \epsilon \sqrt{n}) / \|u\|\right)
 
     where n is the number of entries. A step that is too long is cut to a share of the parameters'
-    length, whatever the learning rate and the scale of the loss.
+    length, whatever the learning rate and the scale of the loss. In a group of several leaves those
+    whose update is zero in this step count on neither side.
 
     Args:
         ratio: rho, the largest norm of the update as a share of the parameters'; a number, traced

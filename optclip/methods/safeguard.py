@@ -65,7 +65,9 @@ def safeguard(
 
     Everything that `inner` adds to the update is bounded with it: where the bound holds, decoupled
     weight decay shrinks by the same factor as the step, so it decays more slowly than its
-    coefficient says. Schedules in `inner` keep their meaning below the bound.
+    coefficient says. Schedules in `inner` keep their meaning below the bound. Leaves that `inner`
+    never moves (`optax.set_to_zero`; `init` asks it once) and those that are no floats count on
+    neither side.
 
     Measured (`python -m benchmarks.proving_ground`, docs/proving_ground.md): no run of any task
     diverges at any of seven learning rates over three decades. Small transformers, with momentum

@@ -23,12 +23,16 @@ def median_over_window(multiplier: Any, window: int) -> Rule:
     window = check_count(window, "window=")
     check_number(multiplier, "multiplier=", hint="pass 2.0")
 
-    def init(norms):  # a norm that is yet to come is NaN
-        return jnp.full((window, *norms.shape), jnp.nan, norms.dtype)
+    def init(norms):  # a norm that is yet to come is -1
+        return jnp.full((window, *norms.shape), -1, norms.dtype)
 
     def threshold(memory, step, norms, params):
-        limit = at(multiplier, step.count, norms) * jnp.nanmedian(memory, axis=0)
-        return jnp.where(jnp.isnan(limit), jnp.inf, limit)
+        filled = memory >= 0
+        count = jnp.sum(filled.astype(jnp.int32), axis=0, keepdims=True)
+        ordered = jnp.sort(jnp.where(filled, memory, jnp.finfo(memory.dtype).max), axis=0)
+        middle = [jnp.maximum(count - 1, 0) // 2, count // 2 % window]
+        median = sum(jnp.take_along_axis(ordered, place, axis=0)[0] / 2 for place in middle)
+        return jnp.where(count[0] > 0, at(multiplier, step.count, norms) * median, jnp.inf)
 
     def observe(memory, step, norms, clipped_norms):
         return jnp.concatenate([memory[1:], jnp.expand_dims(norms, 0)])
