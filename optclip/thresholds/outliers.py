@@ -121,7 +121,7 @@ class Level(NamedTuple):
 
     Attributes:
         seen: Norms learned from so far; int32.
-        level: exp(mean of log norm), the typical norm; 0 before the first.
+        level: exp(mean of log norm), the typical norm; 1 before the first.
         variance: Variance of the log norm.
     """
 
@@ -175,7 +175,7 @@ def robust(
     def init(norms):
         return Level(
             jnp.zeros(norms.shape, jnp.int32),
-            jnp.zeros_like(norms),
+            jnp.ones_like(norms),
             jnp.full(norms.shape, FIRST_SPREAD**2, norms.dtype),
         )
 
@@ -188,8 +188,7 @@ def robust(
         begun = memory.seen > 0
         learned = clipped_norms if learn_from == "clipped" else norms
         # Logarithms of ratios to the level: exact whatever the scale of the norms.
-        own = jnp.where(learned > 0, learned, 1)  # Nothing is learned from 0.
-        ratio = learned / jnp.where(begun, memory.level, own)
+        ratio = learned / memory.level
         away = jnp.log(jnp.clip(ratio, 1e-30, 1e30))
         if learn_from == "winsorized":
             reach = HELD * jnp.maximum(jnp.sqrt(memory.variance), LEAST_SPREAD)
