@@ -29,9 +29,7 @@ def always_zero(function: Callable[..., Any], *args: Any) -> list[bool]:
         *args: Arrays or their shapes.
     """
     closed = jax.make_jaxpr(function)(*args)
-    return _zeros(
-        closed.jaxpr, [_is_zero(x) for x in closed.consts], [False] * len(closed.in_avals)
-    )
+    return _of_closed(closed, [False] * len(closed.in_avals))
 
 
 def _is_zero(x: Any) -> bool:

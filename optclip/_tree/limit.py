@@ -93,6 +93,7 @@ def rescale(layout: Layout, updates: optax.Updates, factors: Mapping[int, Factor
     def scaled(member: GroupedLeaf, x: jax.Array) -> jax.Array:
         coarse, fine = own[member.index]
         if x.dtype != _numerics.wide_dtype(x):
+            # Twice, since once is what measuring does on a CPU, and XLA takes equals for one.
             (x,) = _numerics.computed_anew(*_numerics.computed_anew(x))
         return _numerics.scaled(_numerics.scaled(_numerics.widened(x), coarse), fine)
 

@@ -1,7 +1,6 @@
 """The norms of a tree, right at every magnitude."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -85,8 +84,7 @@ def of_what_moves(
     """
     updates, params = both
     moving = updates.value != 0  # Also what is not finite.
-    some = jnp.any(moving)
-    moving |= ~some
+    moving |= ~jnp.any(moving)
     entries = jnp.where(moving, leaves.sizes.astype(leaves.dtype), 0)
     parts = pooled(layout, norm, params._replace(value=jnp.where(moving, params.value, 0)), entries)
     chosen = [
@@ -94,7 +92,7 @@ def of_what_moves(
         for each in zip(whole.blocks, parts.blocks, strict=True)
     ]
     by_piece = {0: chosen[0]} if layout.shape == () else {}
-    return PerGroup(chosen, by_piece), in_groups(layout, jnp.sum, entries)
+    return PerGroup(chosen, by_piece), sums_in_groups(layout, entries)
 
 
 def pooled(
@@ -118,9 +116,9 @@ def pooled(
     return PerGroup([jax.tree.map(lambda *x: jnp.stack(x), *found)], {})
 
 
-def in_groups(layout: Layout, reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+def sums_in_groups(layout: Layout, x: jax.Array) -> jax.Array:
     """One number for each group from numbers for each leaf that takes part."""
-    found = [reduce(x[at]) for at in _members_of_groups(layout)]
+    found = [jnp.sum(x[at]) for at in _members_of_groups(layout)]
     return found[0] if layout.shape == () else jnp.stack(found)
 
 
