@@ -76,13 +76,17 @@ def _twice(root: jax.Array) -> Factor:
     return Factor(root, root)
 
 
-def rescale(layout: Layout, updates: optax.Updates, factors: Mapping[int, Factor]) -> Any:
+def rescale(
+    layout: Layout, updates: optax.Updates, factors: Mapping[int, Factor], *, measured: bool = True
+) -> Any:
     """Every leaf times the factor of its groups, in its own dtype.
 
     Args:
         layout: The layout.
         updates: The tree.
         factors: In pieces; see `PerGroup`.
+        measured: Whether the leaves lie in memory and were measured there. What is still to be
+            made, as by an optimizer, would have to be written there first.
     """
     coarse = pieces.for_each_leaf(
         layout, {start: factor.coarse for start, factor in factors.items()}
@@ -92,7 +96,7 @@ def rescale(layout: Layout, updates: optax.Updates, factors: Mapping[int, Factor
 
     def scaled(member: GroupedLeaf, x: jax.Array) -> jax.Array:
         coarse, fine = own[member.index]
-        if x.dtype != _numerics.wide_dtype(x):
+        if measured and x.dtype != _numerics.wide_dtype(x):
             # Twice, since once is what measuring does on a CPU, and XLA takes equals for one.
             (x,) = _numerics.computed_anew(*_numerics.computed_anew(x))
         return _numerics.scaled(_numerics.scaled(_numerics.widened(x), coarse), fine)

@@ -1,6 +1,7 @@
-"""`safeguard`: the two clips that a run needs, around any optimizer."""
+"""`safeguard`: no gradient may do more than its share, around any optimizer."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,17 +9,51 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _numerics, norms, scopes, thresholds
+from optclip import _numerics, _potential, limiters, norms, scopes, thresholds
 from optclip._checks import check_choice, check_number, check_optimizer, check_sharded, number_at
 from optclip._paths import leaves_with_paths
-from optclip._tree import measure
-from optclip._tree.layout import layout_of, whole_on_devices_of
+from optclip._tree import devices, limit, measure
+from optclip._tree.layout import Layout, layout_of, select_leaves, whole_on_devices_of
+from optclip._tree.statistics import finished, statistics_of
 from optclip._zeros import always_zero
 from optclip.clipping import NEEDS_STATE_MSG, NO_PARAMS_MSG, clip_by
+from optclip.limiters import Factor
 from optclip.methods.skip_spikes import SkipNonfinite, unless
-from optclip.state import ClipState, check_state
+from optclip.norms import Magnitude
+from optclip.state import ClipState, Outcome, check_state, init_state, update_state
 
 Frozen = dict[str, tuple[()]]
+
+LEAST = 1e-3
+"""The smallest root mean square of weights reckoned with, so that weights that start at zero move;
+the 1e-3 of Adafactor's relative step size."""
+
+FREE = 2.0
+"""An optimizer that asks for no more than so many times the bound is bounded, and no more."""
+
+PATIENCE = 400.0
+"""After so many steps beyond that the bound has fallen to 1 / sqrt(2), and then like one over the
+square root of their number."""
+
+
+class Asked(NamedTuple):
+    """What `safeguard` knows of its optimizer; but for `numbers` and `steps` one number a leaf.
+
+    Attributes:
+        numbers: State of the optimizer on a tree with one entry for each leaf, without what it
+            shares with the real one's; a vector, or () if nothing is left.
+        nature: What the optimizer is like.
+        reached: The largest update so far, over what it would be were all gradients aligned; 0
+            before the first.
+        excess: In how many steps it asked for far more than the bound.
+        steps: Steps that it made; int32.
+    """
+
+    numbers: jax.Array | tuple[()]
+    nature: _potential.Nature
+    reached: jax.Array
+    excess: jax.Array
+    steps: jax.Array
 
 
 class SafeguardState(NamedTuple):
@@ -27,7 +62,9 @@ class SafeguardState(NamedTuple):
     Attributes:
         clip: Of the clip before the optimizer.
         inner_state: State of the optimizer it holds.
-        bound: Of the bound after the optimizer.
+        asked: What is known of that.
+        bound: Of the bound on one gradient's share. `norm` and `clipped_norm` are the update's,
+            `threshold` the smallest share allowed, `factor` the least that was let through.
         update_ratio: Norm of the last update over that of the parameters (or the floor under it).
         skipping: Whether the last step was skipped; bool.
         skipped_steps: Steps skipped so far; int32.
@@ -37,6 +74,7 @@ class SafeguardState(NamedTuple):
 
     clip: ClipState
     inner_state: Any
+    asked: Asked
     bound: ClipState
     update_ratio: jax.Array
     skipping: jax.Array
@@ -48,51 +86,58 @@ def safeguard(
     inner: optax.GradientTransformation,
     *,
     deviations: optax.ScalarOrSchedule = 2.0,
-    ratio: optax.ScalarOrSchedule = 0.01,
+    ratio: optax.ScalarOrSchedule = 0.03,
     nonfinite: SkipNonfinite = "skip",
     axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The two clips that a run needs, around any optimizer, with no threshold to choose.
+    r"""No gradient does more than its share, around any optimizer, with no threshold to choose.
 
-    .. math:: g \to \mathrm{robust\_clip} \to \mathrm{inner} \to \mathrm{clip\_by\_param\_norm}
-        \to \Delta w
+    .. math:: g_l \to \min\left(1, \frac{\rho L_l}{s_l}\right) \mathrm{robust\_clip}(g)_l
+        \to \mathrm{inner} \to \min\left(1, \frac{\rho L_l}{p_l}\right) u_l
 
-    Spikes are caught before the optimizer, by a rule that learns what is usual (`robust_clip`), so
-    that they do not spoil its momentum. A step that is too long, because the learning rate is too
-    large for the moment, is caught after it, by a bound relative to the parameters
-    (`clip_by_param_norm`). A step whose gradient is not finite is skipped, with `inner` untouched.
+    for each leaf l. L is the norm of its weights, s how far this one gradient would move it in all
+    steps to come, and p how long the update would be if all gradients so far pointed the same way.
+    So a step is as long as gradients agree: up to the share rho of the weights where they do,
+    about a quarter of that where they are noise to a momentum of 0.9. Spikes are caught first, by
+    a rule that learns what is usual (`robust_clip`). A step whose gradient is not finite is
+    skipped, with `inner` untouched.
 
-    Everything that `inner` adds to the update is bounded with it: where the bound holds, decoupled
-    weight decay shrinks by the same factor as the step, so it decays more slowly than its
-    coefficient says. Schedules in `inner` keep their meaning below the bound. Leaves that `inner`
-    never moves (`optax.set_to_zero`; `init` asks it once) and those that are no floats count on
-    neither side.
+    s and p are asked of the optimizer itself: it runs beside on a tree with one entry for each
+    leaf, fed with root mean squares, with the real one's counts, schedules and learning rates.
+    `init` lets it run 128 steps there, to see what it is like. s is 0 where its update does not
+    grow with the gradient (Adam, Lion, Muon); p is taken without the long first steps of an Adam,
+    and as much longer as noise carries an optimizer that normalizes what it averaged (Lion, Muon).
 
-    Measured (`python -m benchmarks.proving_ground`, docs/proving_ground.md): no run of any task
-    diverges at any of seven learning rates over three decades. Small transformers, with momentum
-    and with AdamW, with spikes, bursts and wrong labels, end within 2.2% of the best pair of fixed
-    threshold and learning rate, and stay within 5% of that over a hundredfold range of rates (no
-    clip: three- to tenfold). Known weakness: 1% a step is slow. In 58 steps of a deep network the
-    loss is 1.7 times that of the best fixed threshold, in a recurrent network 1.35 times, in an
-    embedding ranker 1.13 times; a target at zero is never reached, since steps shrink with the
-    parameters. `bound/clip_rate` near 1 in a run that is stable says that the bound is what slows.
+    An optimizer that asks for at most twice the bound is bounded, and no more. The steps in which
+    it asks for far more are counted, leaf by leaf, and after n of them the bound has fallen by
+    1 / sqrt(1 + n / 400): a learning rate that is far too large says nothing of when to slow down.
+    What `inner` adds to the update, as weight decay, is bounded with it. Schedules keep their
+    meaning below the bound. A leaf whose weights are smaller than the others', entry by entry,
+    counts as large as they are, so that a bias of zeros moves with its neighbors. Leaves that
+    `inner` never moves (`optax.set_to_zero`; `init` asks) and those that are no floats take no
+    part.
+
+    Measured (`python -m benchmarks.proving_ground`, docs/proving_ground.md): see "Which clip?".
 
     Args:
         inner: The optimizer.
-        deviations: Of `robust_clip`; 0 clips half of all steps and gained at most 1%.
-        ratio: Of `clip_by_param_norm`: the largest update as a share of the parameters' norm. 0.01
-            is the largest of 0.001, 0.003, 0.01 and 0.03 at which nothing diverged; 0.03 is faster
-            where few steps must go far, and lets a transformer with momentum diverge.
+        deviations: Of `robust_clip`.
+        ratio: rho, the largest share of a leaf's norm that one gradient may move it; a number,
+            traced scalar or Optax schedule. Networks train best where that is 0.01 to 0.05, by
+            measurement here and in the equilibrium of rotation and weight decay; 0.03 won at most
+            learning rates. infinity: no bound.
         nonfinite: "skip", or "propagate" to hand non-finite gradients to `inner`.
         axis_name: See `clip_by`.
         sharded: See `clip_by`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with a `SafeguardState`. `metrics` reports
-        `clip/...` for the clip before, `bound/...` for the one after (with `bound/update_ratio`)
-        and `skip/...`. `update` needs `params`; extra arguments go to `inner`. Cost: one pass over
-        the gradient, one over the update and one over the parameters.
+        `clip/...` for the clip before, `bound/...` for the bound (`bound/factor`: the least share
+        of a gradient that was let through; `bound/clip_rate`: the share of leaves held back;
+        `bound/update_ratio`) and `skip/...`. `update` needs `params`; extra arguments go to
+        `inner`. State: a few numbers for each leaf beside that of `inner`. Cost: one pass over the
+        gradient and one over the parameters; the update is measured while it is applied.
 
     Raises:
         ValueError: If a concrete argument is out of its range, or `update` gets no `params`.
@@ -103,8 +148,14 @@ def safeguard(
         >>> params = jnp.ones(2)
         >>> state = optimizer.init(params)
         >>> updates, state = optimizer.update(jnp.array([3.0, 4.0]), state, params)
-        >>> float(optclip.metrics(state)["bound/update_ratio"]) <= 0.01
+        >>> float(optclip.metrics(state)["bound/update_ratio"]) <= 0.03
         True
+
+    References:
+        The pace of 0.03: Kosson, Messmer and Jaggi, "Rotational equilibrium", 2023,
+        arXiv:2305.17212, where it is the square root of twice learning rate times weight decay.
+        Why early gradients go too far: the same, "Analyzing and reducing the need for learning rate
+        warmup", 2024, arXiv:2410.23922.
     """
     check_optimizer(inner, "safeguard")
     held = optax.with_extra_args_support(inner)
@@ -114,31 +165,39 @@ def safeguard(
     rule = thresholds.robust(deviations, 0.97, float("inf"), "winsorized")  # As `robust_clip`.
 
     def clip(frozen: Frozen) -> optax.GradientTransformationExtraArgs:
-        scope = _but(frozen)
+        scope = _but(frozen, scopes.tree)
         return clip_by(rule, scope=scope, axis_name=axis_name, sharded=sharded)
 
-    def bound(threshold: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
-        return clip_by(threshold, axis_name=axis_name, sharded=sharded)
+    def laid_out(updates: optax.Updates, params: optax.Params, frozen: Frozen) -> Layout:
+        return layout_of(_but(frozen, scopes.leaf), updates, axis_name, sharded, params)
 
-    def length(updates: optax.Updates, params: optax.Params, frozen: Frozen) -> jax.Array:
-        """The norm of the parameters, or the floor of `clip_by_param_norm` under it."""
-        layout = layout_of(_but(frozen), updates, axis_name, sharded, params)
-        least = 1e-3 * jnp.sqrt(jnp.asarray(layout.sizes, layout.dtype))
-        return jnp.maximum(measure.measure(layout, norms.l2, params).clamped(), least)
+    def layout_outside(updates: optax.Updates, params: optax.Params, frozen: Frozen) -> Layout:
+        return layout_of(_but(frozen, scopes.leaf), updates, params=params)
 
     def init(params: optax.Params) -> SafeguardState:
         whole = functools.partial(whole_on_devices_of, params)
-        clip_state: Any = clip({}).init(params)
-        bound_state: Any = bound(jnp.inf).init(params)
         inner_state = held.init(params)
+        frozen = _frozen(held, inner_state, params)
+        layout = laid_out if devices.are_bound(axis_name) else layout_outside
+        members = layout(params, params, frozen).members
+        places = [member.index for member in members]
+        dtype = _numerics.tree_dtype(params)
+        asked = Asked(
+            numbers=_potential.packed(inner_state, _small_state(held, params), dtype),
+            nature=_nature(held, params, places, dtype),
+            reached=jnp.zeros([len(places)], dtype),
+            excess=jnp.zeros([len(places)], dtype),
+            steps=jnp.zeros([], jnp.int32),
+        )
         return SafeguardState(
-            clip=clip_state,
+            clip=clip({}).init(params),  # pyright: ignore[reportArgumentType]
             inner_state=inner_state,
-            bound=bound_state,
-            update_ratio=whole(jnp.zeros([], _numerics.tree_dtype(params))),
+            asked=whole(asked),
+            bound=init_state(params),
+            update_ratio=whole(jnp.zeros([], dtype)),
             skipping=whole(jnp.zeros([], bool)),
             skipped_steps=whole(jnp.zeros([], jnp.int32)),
-            frozen=_frozen(held, inner_state, params),
+            frozen=frozen,
         )
 
     def update(
@@ -149,31 +208,52 @@ def safeguard(
         check_state(state, SafeguardState)
         if params is None:
             raise ValueError(NO_PARAMS_MSG)
+        layout = laid_out(updates, params, state.frozen)
+        with jax.named_scope("optclip/measure"):
+            found = measure.measure_together(layout, norms.l2, updates, params)
+            gradient, weights = (x.blocks[0].clamped() for x in found)
         clip_state: Any
-        updates, clip_state = clip(state.frozen).update(updates, state.clip, params)
+        # What it would hand on is not used: each leaf is multiplied once, by both factors.
+        _, clip_state = clip(state.frozen).update(updates, state.clip, params)
         skipping = clip_state.nonfinite_steps > state.clip.nonfinite_steps
         skipping &= nonfinite == "skip"
+        ordinary = clip_state.factor.astype(gradient.dtype)
+        gradient = gradient * ordinary
+        now = number_at(ratio, state.bound.steps, weights)
 
         def step(
             updates: optax.Updates, states: Any, params: optax.Params, **extra_args: Any
         ) -> tuple[Any, Any]:
-            inner_state, bound_state, update_ratio = states
+            inner_state, asked, bound_state, _ = states
+            lengths = _lengths(layout, weights)
+            room = now * lengths / jnp.sqrt(1 + asked.excess.astype(now.dtype) / PATIENCE)
+            small = _Small(layout, held, inner_state, asked, updates, params, gradient, weights)
+            # Before the optimizer, where its update grows with the gradient.
+            share = small.share(extra_args)
+            before = _limited(layout, share, room)
+            updates = _scaled(layout, updates, ordinary * before)
+            # After it, by what it may make of that. Mostly this does nothing where that did.
+            length, one_size, small_state = small.length(before, extra_args)
+            after = _limited(layout, length, room)
             updates, inner_state = held.update(updates, inner_state, params, **extra_args)
-            allowed = length(updates, params, state.frozen)
-            threshold = number_at(ratio, bound_state.steps, allowed) * allowed
-            new: Any
-            updates, new = bound(threshold).update(updates, bound_state, params)
-            reached = new.clipped_norm / _numerics.narrowed(
-                jnp.where(allowed > 0, allowed, 1), update_ratio.dtype
-            )
-            return updates, (inner_state, new, reached)
+            reached = _reached(layout, updates, one_size)
+            updates = _scaled(layout, updates, after)
+            new = small.learned(small_state, reached, jnp.maximum(share, length), now * lengths)
+            factor = before * after
+            gone = reached * one_size * _roots(layout)
+            outcome = _outcome(gone, after, factor, room)
+            least = jnp.asarray(LEAST * math.sqrt(layout.sizes.sum() or 1), weights.dtype)
+            relative = outcome.clipped_norm / jnp.maximum(_together(weights), least)
+            update_ratio = relative.astype(state.update_ratio.dtype)
+            return updates, (inner_state, new, update_state(bound_state, outcome), update_ratio)
 
-        states = (state.inner_state, state.bound, jnp.zeros_like(state.update_ratio))
+        states = (state.inner_state, state.asked, state.bound, jnp.zeros_like(state.update_ratio))
         updates, states = unless(skipping, step, updates, states, params, extra_args)
-        inner_state, bound_state, update_ratio = states
+        inner_state, asked, bound_state, update_ratio = states
         return updates, SafeguardState(
             clip=clip_state,
             inner_state=inner_state,
+            asked=asked,
             bound=bound_state,
             update_ratio=update_ratio,
             skipping=skipping,
@@ -184,13 +264,173 @@ def safeguard(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _but(frozen: Frozen) -> scopes.Scope:
-    """The whole tree, but for the leaves that never move."""
+class _Small:
+    """The optimizer on one entry a leaf, in one step."""
 
-    def labels(updates: optax.Updates) -> list[str | None]:
-        return [None if path in frozen else "all" for path, _ in leaves_with_paths(updates)]
+    def __init__(
+        self,
+        layout: Layout,
+        inner: optax.GradientTransformationExtraArgs,
+        inner_state: Any,
+        asked: Asked,
+        updates: optax.Updates,
+        params: optax.Params,
+        gradient: jax.Array,
+        weights: jax.Array,
+    ) -> None:
+        self.layout, self.inner, self.updates = layout, inner, updates
+        self.asked, self.nature = asked, _as(layout.dtype, asked.nature)
+        self.places = [member.index for member in layout.members]
+        self.root = _roots(layout)
+        self.size = gradient / self.root
+        shapes = jax.eval_shape(lambda: _small_state(inner, params))
+        self.inner_state = inner_state
+        self.state = _potential.unpacked(inner_state, shapes, asked.numbers)
+        at = {path: place for place, (path, _) in enumerate(leaves_with_paths(params))}
+        of_params = [at[member.path] for member in layout.members]
+        self.params = _potential.small(params, of_params, weights / self.root)
 
-    return scopes.tree._replace(labels=labels) if frozen else scopes.tree
+    def ask(self, values: jax.Array, extra_args: dict[str, Any]) -> tuple[jax.Array, Any]:
+        """What the optimizer makes of gradients of these sizes, and its state then."""
+        gradient = _potential.small(self.updates, self.places, values)
+        updates, state = self.inner.update(gradient, self.state, self.params, **extra_args)
+        return _potential.sizes(updates, self.places, self.layout.dtype), state
+
+    def share(self, extra_args: dict[str, Any]) -> jax.Array:
+        """How far this gradient would move each leaf, in all steps to come, by itself."""
+        both = jnp.stack([self.size, jnp.zeros_like(self.size)])
+        with_it, without = jax.vmap(lambda x: self.ask(x, extra_args)[0])(both)
+        return self.nature.grows * self.nature.gain * jnp.abs(with_it - without) * self.root
+
+    def length(
+        self, factor: jax.Array, extra_args: dict[str, Any]
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """How long the update may be; the size of an entry in it; the state of the small one."""
+        reached = _as(self.layout.dtype, self.asked.reached)
+        one_size, state = self.ask(factor * self.size, extra_args)
+        steps = self.asked.steps.astype(one_size.dtype) + 1
+        corrected = 1 - self.nature.fading**steps
+        seen = jnp.where(reached > 0, reached, 1)
+        return one_size * self.root * self.nature.reach * seen / corrected, one_size, state
+
+    def learned(
+        self, small_state: Any, reached: jax.Array, asks: jax.Array, allowed: jax.Array
+    ) -> Asked:
+        """What is remembered."""
+        over = asks / jnp.where(allowed > 0, allowed, 1) / FREE - 1
+        reached, over = _as(self.asked.excess.dtype, (reached, over))
+        return self.asked._replace(
+            numbers=_potential.packed(self.inner_state, small_state, self.asked.excess.dtype),
+            reached=jnp.clip(jnp.where(jnp.isfinite(reached), reached, 0), self.asked.reached, 1),
+            excess=self.asked.excess + jnp.clip(over, 0, 1),
+            steps=jnp.asarray(optax.safe_increment(self.asked.steps)),
+        )
+
+
+def _as(dtype: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def _roots(layout: Layout) -> jax.Array:
+    """Of the number of entries of each leaf."""
+    return jnp.sqrt(jnp.asarray(layout.sizes, layout.dtype))
+
+
+def _together(lengths: jax.Array) -> jax.Array:
+    """The norm of all leaves from those of each; no square leaves the range."""
+    most = jnp.max(lengths, initial=0)
+    unit = jnp.where((most > 0) & jnp.isfinite(most), most, 1)
+    return jnp.minimum(
+        unit * jnp.sqrt(jnp.sum((lengths / unit) ** 2)), _numerics.largest(lengths.dtype)
+    )
+
+
+def _lengths(layout: Layout, weights: jax.Array) -> jax.Array:
+    """The norm of each leaf's weights; at least what it would be were they as large as all are."""
+    typical = _together(weights) / math.sqrt(max(layout.sizes.sum(), 1))
+    return jnp.maximum(weights, jnp.maximum(typical, LEAST) * _roots(layout))
+
+
+def _limited(layout: Layout, lengths: jax.Array, room: jax.Array) -> jax.Array:
+    """By what to multiply each leaf."""
+    magnitude = Magnitude(lengths, jnp.ones([], lengths.dtype))
+    return limiters.factor_of(limiters.rescale, magnitude, room).product()
+
+
+def _scaled(layout: Layout, updates: optax.Updates, factor: jax.Array) -> optax.Updates:
+    one = jnp.ones([], factor.dtype)
+    factors = {start: Factor(own, one) for start, own in _cut(layout, factor).items()}
+    return limit.rescale(layout, updates, factors, measured=False)
+
+
+def _cut(layout: Layout, vector: jax.Array) -> dict[int, jax.Array]:
+    """The number of each leaf.
+
+    By themselves: of leaves whose numbers are cut out of one array XLA for a GPU would make one
+    kernel, which could not write where it reads.
+    """
+    numbers = _numerics.computed_anew(*(jnp.abs(vector[x.start]) for x in layout.members))
+    return {member.start: x for member, x in zip(layout.members, numbers, strict=True)}
+
+
+def _reached(layout: Layout, updates: optax.Updates, one_size: jax.Array) -> jax.Array:
+    """The root mean square of each leaf of the update, over that of the small one.
+
+    At that scale no square leaves the range.
+    """
+    scale = 1 / jnp.where(one_size > 0, one_size, 1)
+    scales = _cut(layout, scale)
+
+    def squares(leaves: list[jax.Array]) -> dict[int, jax.Array]:
+        return statistics_of(layout, norms.rms, [leaves], [scales])[0]
+
+    ways = {"cpu": lambda leaves: squares(_numerics.cast_anew(leaves)), "default": squares}
+    found = _numerics.by_platform(ways, select_leaves(layout, updates))
+    reached = finished(layout, norms.rms, found, 1, gathered=True).blocks[0].value
+    return jnp.where(one_size > 0, reached, 0)
+
+
+def _outcome(gone: jax.Array, after: jax.Array, factor: jax.Array, room: jax.Array) -> Outcome:
+    limited = factor < 1 - 1e-5
+    return Outcome(
+        finite=jnp.all(jnp.isfinite(gone)),
+        norm=_together(gone),
+        clipped_norm=_together(gone * after),
+        threshold=jnp.min(room, initial=jnp.inf),
+        factor=jnp.min(factor, initial=1),
+        share=jnp.sum(limited.astype(gone.dtype)) / max(limited.size, 1),
+    )
+
+
+def _small_state(inner: optax.GradientTransformationExtraArgs, params: optax.Params) -> Any:
+    return inner.init(jax.tree.map(_potential.small_like, params))
+
+
+def _nature(
+    inner: optax.GradientTransformationExtraArgs,
+    params: optax.Params,
+    places: list[int],
+    dtype: Any,
+) -> _potential.Nature:
+    """What an optimizer is like; of one that asks for more than a loss only what is so of all."""
+    for extra_args in ({}, {"value": jnp.ones([])}):
+        try:
+            return _potential.get_to_know(inner, params, places, dtype, extra_args)
+        except TypeError:
+            pass
+    one, none = jnp.ones([len(places)], dtype), jnp.zeros([len(places)], dtype)
+    return _potential.Nature(grows=none, gain=one, fading=none, reach=one)
+
+
+def _but(frozen: Frozen, scope: scopes.Scope) -> scopes.Scope:
+    """A scope without the leaves that never move."""
+
+    def labels(updates: optax.Updates) -> list[scopes.Label | None]:
+        paths = [path for path, _ in leaves_with_paths(updates)]
+        own = scope.labels(updates) if scope.labels else paths
+        return [None if path in frozen else x for path, x in zip(paths, own, strict=True)]
+
+    return scope._replace(labels=labels) if frozen else scope
 
 
 def _frozen(

@@ -4,13 +4,13 @@ Nothing here calls optclip. A gradient, an update and the parameters are one fla
 `learned.py`, steps that teach nothing are not shown to an oracle.
 """
 
+import copy
 import math
 from collections import deque
 
 import numpy as np
 
 from oracles.learned import Robust
-from oracles.methods import clip_by_param_norm
 
 
 class Momentum:
@@ -81,16 +81,87 @@ class SkipSpikes:
         return threshold, np.zeros_like(gradient) if skipped else self.inner.step(gradient)
 
 
-class Safeguard:
-    """The robust clip, an optimizer, and the bound relative to the parameters, in this order."""
+class Adam:
+    """Adam without weight decay; one flat gradient."""
 
-    def __init__(self, inner, deviations=2.0, ratio=0.01):
-        self.inner, self.clip, self.bound = inner, Robust(deviations), clip_by_param_norm(ratio)
+    def __init__(self, rate=0.1, b1=0.9, b2=0.999, eps=1e-8):
+        self.rate, self.b1, self.b2, self.eps = rate, b1, b2, eps
+        self.mean, self.square, self.count = 0.0, 0.0, 0
+
+    def step(self, gradient):
+        """The update."""
+        self.count += 1
+        self.mean = self.b1 * self.mean + (1 - self.b1) * gradient
+        self.square = self.b2 * self.square + (1 - self.b2) * gradient**2
+        mean = self.mean / (1 - self.b1**self.count)
+        square = self.square / (1 - self.b2**self.count)
+        return -self.rate * mean / (np.sqrt(square) + self.eps)
+
+
+class Safeguard:
+    """The robust clip, and a bound on what one gradient may do to each leaf.
+
+    An optimizer of single numbers runs beside, on the root mean square of each leaf's gradient.
+    Where its update grows with the gradient, the gradient is cut to where the sum of all it adds to
+    updates, `gain` times what it adds to this one, is within the bound; an update is cut to where
+    the one of single numbers is, without the growth of its first steps, and as much smaller as
+    updates were so far. The optimizers here are told what they are like: `gain`, and `fading`, the
+    share of an update that is left in the next.
+
+    Args:
+        inner: The optimizer, of one leaf.
+        sizes: The entries of each leaf.
+    """
+
+    def __init__(self, inner, sizes, deviations=2.0, ratio=0.03, gain=None, fading=0.0):
+        self.clip, self.ratio, self.sizes = Robust(deviations), ratio, sizes
+        self.leaves = [Leaf(inner, gain, fading) for _ in sizes]
 
     def step(self, gradient, params):
-        """The thresholds before and after the optimizer, and the update."""
+        """The threshold before the optimizer, the smallest bound, and the update."""
         norm = float(np.linalg.norm(gradient))
         before, applied = self.clip.step(norm) if norm > 0 else (math.nan, 0.0)
-        update = self.inner.step(gradient * (applied / norm if norm > 0 else 1.0))
-        bounded = self.bound.step(update, params)
-        return before, bounded.thresholds[0], bounded.updates
+        gradient = gradient * (applied / norm if norm > 0 else 1.0)
+        typical = max(np.linalg.norm(params) / math.sqrt(len(params)), 1e-3)
+        bounds, updates, start = [], [], 0
+        for leaf, size in zip(self.leaves, self.sizes, strict=True):
+            own = slice(start, start + size)
+            length = max(np.linalg.norm(params[own]), typical * math.sqrt(size))
+            bound, update = leaf.step(gradient[own], self.ratio * length)
+            bounds.append(bound)
+            updates.append(update)
+            start += size
+        return before, min(bounds), np.concatenate(updates)
+
+
+class Leaf:
+    """One leaf under `Safeguard`."""
+
+    def __init__(self, inner, gain, fading):
+        self.inner, self.small = copy.deepcopy(inner), copy.deepcopy(inner)
+        self.gain, self.fading, self.excess, self.steps = gain, fading, 0.0, 0
+        self.reached = 0.0
+
+    def step(self, gradient, allowed):
+        """The bound, and the update."""
+        root = math.sqrt(len(gradient))
+        size = np.linalg.norm(gradient) / root
+        bound = allowed / math.sqrt(1 + self.excess / 400)
+        share, factor = 0.0, 1.0
+        if self.gain is not None:
+            added = copy.deepcopy(self.small).step(size) - copy.deepcopy(self.small).step(0.0)
+            share = self.gain * abs(added) * root
+            factor = min(1.0, bound / share) if share > 0 else 1.0
+        self.steps += 1
+        first_steps = 1 - self.fading**self.steps
+        one = abs(self.small.step(factor * size))
+        length = one * root * (self.reached or 1.0) / first_steps
+        update = self.inner.step(factor * gradient)
+        if one > 0:
+            reached = np.linalg.norm(update) / (one * root)
+            self.reached = min(max(self.reached, reached), 1.0)
+        if length > bound:
+            update = update * (bound / length)
+        if allowed > 0:
+            self.excess += min(max(max(share, length) / allowed / 2 - 1, 0), 1)
+        return bound, update

@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(optclip.__file__).parent
 LAYERS = (
     {"_jax"},
     {"_numerics", "_paths", "_checks", "_zeros"},
-    {"norms"},
+    {"norms", "_potential"},
     {"scopes", "limiters", "thresholds"},
     {"_tree"},
     {"state"},
