@@ -16,6 +16,8 @@ over fixed: that loss over the one of `clip_by_global_norm` with the best thresh
 held out: the loss on data not trained on, of the same runs.
 rates: the largest over the smallest of the learning rates around the best one whose loss is within
     5% of it, at that threshold: how far wrong a learning rate may be.
+sensitivity: the mean over the learning rates of how much more than the best loss is left there, at
+    that threshold; a run that ends above the loss it began with counts as that.
 diverged: the share of the runs at that threshold.
 clip rate: the mean share of the steps (of the tensors or entries, where a method treats them one by
     one) that were clipped or skipped.

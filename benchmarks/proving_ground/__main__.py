@@ -64,7 +64,8 @@ def _parser() -> Parser:
         "--export",
         type=Path,
         metavar="FILE",
-        help="run nothing; write the scores of what is done so far to FILE",
+        help="run nothing; write the scores of what is done so far to FILE, beside those that are "
+        "in it already",
     )
     return parser
 
@@ -138,7 +139,12 @@ def _export(parser: Parser, orders: list[running.Order], file: Path, typed: str)
     missing = sum(jobs.read(running.job(order)) is None for order in orders)
     if not found:
         parser.error(f"--export: nothing is done in {orders[0].folder} yet; run it first")
-    _write(file, reporting.report(found, typed))
+    try:
+        earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        content = reporting.report(found, typed, earlier)
+    except (ValueError, KeyError):
+        parser.error(f"--export: {file} holds something else; name another file, or delete it")
+    _write(file, content)
     note = f"; {missing} of {len(orders)} jobs are not done yet" if missing else ""
     print(f"{file} written{note}")
     return 0

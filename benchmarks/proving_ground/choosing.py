@@ -11,7 +11,7 @@ from benchmarks.proving_ground.candidates import CANDIDATES
 from benchmarks.proving_ground.contenders import CONTENDERS, NO_CLIP
 from benchmarks.proving_ground.jobs import Size
 from benchmarks.proving_ground.running import Order
-from benchmarks.proving_ground.tasks import TASKS, VARIANTS
+from benchmarks.proving_ground.tasks import TASKS
 
 QUICK_TASKS = ("quadratic", "transformer, momentum", "ranker")
 QUICK_METHODS = (NO_CLIP, "clip_by_global_norm", "zclip", "robust_clip", "safeguard")
@@ -39,12 +39,19 @@ def orders(
     Raises:
         ValueError: If no name begins so.
     """
-    names = [contender.name for contender in (CANDIDATES if candidates else CONTENDERS)]
+    every = CANDIDATES if candidates else CONTENDERS
+    names = [contender.name for contender in every]
+    families = {contender.name: contender.family for contender in every}
     few_tasks, few_methods = QUICK_TASKS, tuple(names) if candidates else QUICK_METHODS
-    known = list(TASKS | VARIANTS if candidates else TASKS)
+    known = list(TASKS)
     meant_tasks = _begin("--task", tasks or (few_tasks if quick else None), known)
     meant_methods = _begin("--method", methods or (few_methods if quick else None), names)
-    return [Order(task, method, size, folder) for task in meant_tasks for method in meant_methods]
+    return [
+        Order(task, method, size, folder)
+        for task in meant_tasks
+        for method in meant_methods
+        if families[method] in ("", TASKS[task].family)
+    ]
 
 
 def _begin(option: str, starts: list[str] | tuple[str, ...] | None, names: list[str]) -> list[str]:
@@ -67,7 +74,7 @@ def listed(candidates: bool) -> Group:
     tasks = Table(title="tasks", title_justify="left", box=SIMPLE_HEAD)
     for heading in ("task", "steps", "settings"):
         tasks.add_column(heading)
-    for task in (TASKS | VARIANTS if candidates else TASKS).values():
+    for task in TASKS.values():
         settings = "; ".join(setting.name for setting in task.settings)
         tasks.add_row(task.name, f"{task.steps:,}", settings)
     methods = Table(title="methods", title_justify="left", box=SIMPLE_HEAD)

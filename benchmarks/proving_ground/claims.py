@@ -142,8 +142,8 @@ def _smooth(found: Found) -> Outcome:
     ratios = [
         found.over(task, setting, "smooth_clip", FIXED)
         for task, settings in found.scores.items()
-        for setting in settings
-        if math.isfinite(found.of(task, setting, FIXED))
+        for setting, methods in settings.items()
+        if "smooth_clip" in methods and math.isfinite(found.of(task, setting, FIXED))
     ]
     near = sum(ratio <= 1.05 for ratio in ratios)
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}"

@@ -28,12 +28,17 @@ class Contender(NamedTuple):
         build: From an optimizer and a threshold to the optimizer with the method.
         thresholds: What is tried; one number that `build` ignores where there is nothing to choose.
         of_norm: Whether the thresholds are multiples of the usual norm of the task.
+        instead: For an optimizer that takes the place of the task's: from the multiple of its usual
+            learning rate to it; None for a method that goes with the task's own.
+        family: The tasks that it is run on, as `Task.family` names them; "" for all.
     """
 
     name: str
     build: Callable[[optax.GradientTransformation, Any], optax.GradientTransformation]
     thresholds: tuple[float, ...] = (0.0,)
     of_norm: bool = False
+    instead: Callable[[Any], optax.GradientTransformation] | None = None
+    family: str = ""
 
     @property
     def chooses(self) -> bool:
@@ -56,6 +61,11 @@ def after(name: str, clip: Callable[[Any], Any], *thresholds: float, **more: Any
 def around(name: str, wrap: Callable[[Any], Any]) -> Contender:
     """A wrapper, from the optimizer that it holds."""
     return Contender(name, lambda optimizer, _: wrap(optimizer))
+
+
+def rival(name: str, family: str, optimizer: Callable[[Any], Any]) -> Contender:
+    """An optimizer instead of the task's own, from the multiple of its usual learning rate."""
+    return Contender(name, lambda own, _: own, instead=optimizer, family=family)
 
 
 def layer(path: str) -> str:
@@ -91,4 +101,21 @@ CONTENDERS = (
     after("clip_by_param_norm", optclip.clip_by_param_norm, 0.003, 0.01, 0.03),
     around("skip_spikes", optclip.skip_spikes),
     around("safeguard", optclip.safeguard),
+    after("robust_clip after", lambda _: optclip.robust_clip()),
+    after("clip_by_window after", lambda _: optclip.clip_by_window()),
+    around("mechanize", optax.contrib.mechanize),
+    after("reduce_on_plateau", lambda _: optax.contrib.reduce_on_plateau()),
+    rival(
+        "schedule_free_adamw", "AdamW", lambda rate: optax.contrib.schedule_free_adamw(0.01 * rate)
+    ),
+    rival("prodigy", "AdamW", lambda rate: optax.contrib.prodigy(rate)),
+    rival("momo_adam", "AdamW", lambda rate: optax.contrib.momo_adam(0.01 * rate)),
+    rival("lamb", "AdamW", lambda rate: optax.lamb(0.01 * rate)),
+    rival("schedule_free_sgd", "momentum", lambda rate: optax.contrib.schedule_free_sgd(rate)),
+    rival("momo", "momentum", lambda rate: optax.contrib.momo(rate)),
+    rival("dowg", "momentum", lambda rate: optax.contrib.dowg(rate)),
+    rival("lars", "momentum", lambda rate: optax.lars(rate)),
 )
+
+RIVALS = tuple(x.name for x in CONTENDERS[-12:])
+"""Others that promise a run without a choice of the learning rate, or of the clip."""

@@ -61,9 +61,16 @@ class Job(NamedTuple):
 
     @property
     def settings(self) -> list[Setting]:
-        """The settings; a short run leaves out those that need another program."""
-        short = self.size.shorter > 1
-        return [x for x in self.task.settings if not (short and x.best_rate_only)]
+        """The settings; a short run leaves out those that need another program.
+
+        Optimizers instead of the task's own have learning rates in other units than the loss.
+        """
+        short, in_units = self.size.shorter > 1, self.contender.instead is None
+        return [
+            x
+            for x in self.task.settings
+            if not (short and x.best_rate_only) and (in_units or x.rate_factor == 1)
+        ]
 
     @property
     def rates(self) -> list[float]:

@@ -2,6 +2,7 @@
 
 import datetime
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +14,9 @@ from rich.table import Table
 import optclip
 from benchmarks.proving_ground import jobs, scores
 from benchmarks.proving_ground.contenders import NO_CLIP
-from benchmarks.proving_ground.running import Order, job
+from benchmarks.proving_ground.running import Order, contenders, job
 from benchmarks.proving_ground.scores import Score
+from benchmarks.proving_ground.tasks import TASKS
 from optclip._tuning.plain import plain
 
 FIXED, CUSTOMARY = "clip_by_global_norm", 1.0
@@ -92,7 +94,8 @@ LEGEND = (
     "loss: at the best learning rate (and threshold, where there are several), the mean over the "
     "seeds; over fixed: over that of the best fixed threshold. transferred: with what was best "
     "under the plain setting. rates: the largest over the smallest of the learning rates in a row "
-    "within 5% of the best. lost: steps until the loss is back after a spike. cost: the loss over "
+    "within 5% of the best. sensitivity: the mean over the rates of what is left above the best "
+    "loss. lost: steps until the loss is back after a spike. cost: the loss over "
     "that of the plain setting. time: of the processor, over that without a clip. *: the best is "
     "the smallest or the largest that was tried. All definitions: --help."
 )
@@ -109,7 +112,16 @@ def tables(found: list[Row]) -> list[Table]:
             padding=(0, 0, 0, 1),
         )
         table.add_column("method", no_wrap=True)
-        headings = ("loss", "+-", "over\nfixed", "held\nout", "thres-\nhold", "rate", "rates")
+        headings = (
+            "loss",
+            "+-",
+            "over\nfixed",
+            "held\nout",
+            "thres-\nhold",
+            "rate",
+            "rates",
+            "sensi-\ntivity",
+        )
         more = ("di-\nverged", "clip\nrate", "trans-\nferred", "lost", "cost", "time")
         for heading in (*headings, *more):
             table.add_column(heading, justify="right", no_wrap=True)
@@ -131,6 +143,7 @@ def _cells(row: Row, best: float) -> list[str]:
         _tried(of, of.threshold, 3, of.threshold_at_edge) if row.chosen_from > 1 else "",
         _tried(of, of.rate, 2, of.rate_at_edge),
         number(of.rates_range, 2) if of.rates_range else "",
+        "" if of.sensitivity is None else number(of.sensitivity, 3),
         f"{of.diverged:.0%}",
         f"{of.clip_rate:.0%}" if math.isfinite(of.clip_rate) else "",
         "" if of.transferred is None else number(of.transferred),
@@ -158,27 +171,60 @@ def number(x: float, digits: int = DIGITS) -> str:
 # Files -------------------------------------------------------------------------------------------
 
 
-def report(found: list[Row], command: str) -> dict[str, Any]:
-    """The scores as JSON has them: null for a loss that diverged, and for what does not apply."""
+def report(found: list[Row], command: str, earlier: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The scores as JSON has them: null for a loss that diverged, and for what does not apply.
+
+    Args:
+        found: The scores.
+        command: What was typed.
+        earlier: A report whose scores stay where there is no new one, as long as their task and
+            method still exist.
+
+    Returns:
+        The report. "parts" says when and with what the scores were found; each has the place of its
+        own there.
+    """
+    parts = [] if earlier is None else list(earlier["parts"])
+    parts.append(
+        {
+            "command": command,
+            "date": datetime.date.today().isoformat(),
+            "versions": {
+                "optclip": optclip.__version__,
+                "jax": jax.__version__,
+                "optax": optax.__version__,
+                "numpy": np.__version__,
+            },
+        }
+    )
+    scores: dict[str, Any] = {
+        task: {
+            setting: {row.method: _rounded(row) | {"part": len(parts) - 1} for row in group}
+            for (of, setting), group in by_setting(found).items()
+            if of == task
+        }
+        for task in dict.fromkeys(row.task for row in found)
+    }
+    for task, setting, method, score in _each({} if earlier is None else earlier["scores"]):
+        if task in TASKS and method.partition("(1.0)")[0] in contenders():
+            scores.setdefault(task, {}).setdefault(setting, {}).setdefault(method, score)
+    ordered = {task: scores[task] for task in TASKS if task in scores}
+    used = sorted({score["part"] for *_, score in _each(ordered)})
+    for *_, score in _each(ordered):
+        score["part"] = used.index(score["part"])
     return {
         "benchmark": "proving_ground",
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "versions": {
-            "optclip": optclip.__version__,
-            "jax": jax.__version__,
-            "optax": optax.__version__,
-            "numpy": np.__version__,
-        },
-        "scores": {
-            task: {
-                setting: {row.method: _rounded(row) for row in group}
-                for (of, setting), group in by_setting(found).items()
-                if of == task
-            }
-            for task in dict.fromkeys(row.task for row in found)
-        },
+        "parts": [parts[place] for place in used],
+        "scores": ordered,
     }
+
+
+def _each(scores: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """Task, setting, method and score, one after the other."""
+    for task, settings in scores.items():
+        for setting, methods in settings.items():
+            for method, score in methods.items():
+                yield task, setting, method, score
 
 
 def _rounded(row: Row) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from benchmarks.proving_ground import jobs
 from benchmarks.proving_ground.candidates import CANDIDATES
 from benchmarks.proving_ground.contenders import CONTENDERS, Contender
 from benchmarks.proving_ground.jobs import Job, Size
-from benchmarks.proving_ground.tasks import TASKS, VARIANTS
+from benchmarks.proving_ground.tasks import TASKS
 
 
 class Order(NamedTuple):
@@ -46,7 +46,7 @@ def contenders() -> dict[str, Contender]:
 
 def job(order: Order) -> Job:
     """The job that is meant."""
-    return Job((TASKS | VARIANTS)[order.task], contenders()[order.method], order.size, order.folder)
+    return Job(TASKS[order.task], contenders()[order.method], order.size, order.folder)
 
 
 class Done(NamedTuple):

@@ -36,9 +36,9 @@ def of_runs(
         base: The curves of the setting it is compared with; None if none.
 
     Returns:
-        "loss" (infinite where a run diverged), "held_out" (None where the task has no other data)
-        and "clip_rate", each with the axes (threshold, learning rate, seed), and "steps_lost" with
-        an axis of events after them.
+        "loss" (infinite where a run diverged), "first" (the loss of the initial network),
+        "held_out" (None where the task has no other data) and "clip_rate", each with the axes
+        (threshold, learning rate, seed), and "steps_lost" with an axis of events after them.
     """
     steps = curves.losses.shape[-1]
     loss = result(task, curves.losses)
@@ -49,6 +49,7 @@ def of_runs(
     held_out = np.where(np.isfinite(loss), curves.held_out, np.inf) if task.held_out else None
     return {
         "loss": loss,
+        "first": curves.losses[..., 0],
         "held_out": held_out,
         "clip_rate": curves.clip_rate,
         "steps_lost": lost,
@@ -135,6 +136,11 @@ class Score(NamedTuple):
         rates_range: The largest over the smallest of the learning rates next to each other, the
             best among them, whose loss is within 5% of the best, at the best threshold; None where
             only one rate was run.
+        sensitivity: The mean over the learning rates of how much more than the best loss is left,
+            at the best threshold; a run that ends above the loss it began with counts as that.
+            Wortsman et al., "Small-scale proxies for large-scale transformer training
+            instabilities", 2023, arXiv:2309.14322. None where only one rate was run.
+        worst: The loss at the worst learning rate, at the best threshold, counted likewise.
         diverged: The share of the runs at the best threshold that diverged.
         clip_rate: There, at the best rate.
         steps_lost: To each event, there; None where there are none.
@@ -150,6 +156,8 @@ class Score(NamedTuple):
     spread: float
     transferred: float | None
     rates_range: float | None
+    sensitivity: float | None
+    worst: float | None
     diverged: float
     clip_rate: float
     steps_lost: float | None
@@ -199,9 +207,11 @@ def score(
     held_out = runs["held_out"]
     lost = np.asarray(runs["steps_lost"], float)[place]
     seeds = losses[place]
-    good = None
+    good = sensitivity = worst = None
     if len(runs["rates"]) > 1:
         good = rates_range(runs["rates"], over_seeds(losses)[place[0]])
+        of_rates = np.minimum(losses, _infinite(runs["first"]))[place[0]].mean(axis=-1)
+        sensitivity, worst = float(np.mean(of_rates - of_rates.min())), float(of_rates.max())
     spread = 0.0 if math.isfinite(found.loss) else math.inf
     if math.isfinite(found.loss) and len(seeds) > 1:
         spread = float(np.std(seeds, ddof=1) / math.sqrt(len(seeds)))
@@ -215,6 +225,8 @@ def score(
         spread=spread,
         transferred=transferred,
         rates_range=good,
+        sensitivity=sensitivity,
+        worst=worst,
         diverged=float(np.mean(~np.isfinite(losses[place[0]]))),
         clip_rate=float(np.mean(np.asarray(runs["clip_rate"], float)[place])),
         steps_lost=float(lost.mean()) if lost.size else None,

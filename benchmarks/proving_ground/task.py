@@ -63,7 +63,7 @@ class Task(NamedTuple):
             around.
         settings: The first is the plain one.
         held_out: From the parameters to the loss on data not trained on; None where there are none.
-        outside: From the learning rate to what comes after optimizer and method, unseen by both.
+        family: What kind of optimizer it has, for the rivals of that kind.
         frozen: From the path of a parameter to whether it waits for `Feed.thawed`.
         last: The share of the steps whose losses are the result.
         settle: How the losses of the last steps become one number.
@@ -79,7 +79,7 @@ class Task(NamedTuple):
     optimizer: Callable[[Any], optax.GradientTransformation]
     settings: tuple[Setting, ...]
     held_out: Callable[[Any], Any] | None = None
-    outside: Callable[[Any], optax.GradientTransformation] | None = None
+    family: str = ""
     frozen: Callable[[str], bool] = lambda path: False
     last: float = 0.1
     settle: Callable[..., Any] = np.mean

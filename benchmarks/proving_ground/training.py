@@ -40,9 +40,8 @@ def program(task: Task, contender: Contender) -> Any:
     """
 
     def run(rate: Any, threshold: Any, params: Any, place: Any, feed: Feed) -> Curves:
-        optimizer = contender.build(task.optimizer(rate), threshold)
-        if task.outside:
-            optimizer = optax.chain(optimizer, task.outside(rate))
+        own = contender.instead(rate / task.rate) if contender.instead else task.optimizer(rate)
+        optimizer = optax.with_extra_args_support(contender.build(own, threshold))
         waits = _by_path(task, params)
 
         def step(carry: Any, given: Feed) -> tuple[Any, Any]:
@@ -56,7 +55,7 @@ def program(task: Task, contender: Contender) -> Any:
             grads, recorded = jax.grad(objective, has_aux=True)(params)
             grads = jax.tree.map(lambda g: g * given.gradient_factor.astype(g.dtype), grads)
             grads = _open(waits, given.thawed, grads)
-            updates, state = optimizer.update(grads, state, params)
+            updates, state = optimizer.update(grads, state, params, value=recorded)
             updates = _open(waits, given.thawed, updates)
             return (optax.apply_updates(params, updates), state), recorded
 

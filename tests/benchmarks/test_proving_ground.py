@@ -19,7 +19,7 @@ from benchmarks.proving_ground import (
     training,
 )
 from benchmarks.proving_ground.candidates import CANDIDATES
-from benchmarks.proving_ground.contenders import CONTENDERS, NO_CLIP, Contender, before
+from benchmarks.proving_ground.contenders import CONTENDERS, NO_CLIP, RIVALS, Contender, before
 from benchmarks.proving_ground.jobs import Job, Size
 from benchmarks.proving_ground.task import Feed, Setting, Task
 from benchmarks.proving_ground.tasks import TASKS, transformer
@@ -180,6 +180,7 @@ def test_scores_of_hand_made_runs():
             [[4.0, 4.0], [2.0, 2.0], [None, 1.0], [None, None]],
             [[1.04, 1.04], [0.9, 1.1], [1.05, 1.05], [1.2, 1.2]],
         ],
+        "first": [[[6.0, 6.0]] * 4] * 2,
         "held_out": [[[9.0, 9.0]] * 4, [[9.0, 9.0], [5.0, 7.0], [9.0, 9.0], [9.0, 9.0]]],
         "clip_rate": [[[0.0, 0.0]] * 4, [[0.0, 0.0], [0.2, 0.4], [0.0, 0.0], [0.0, 0.0]]],
         "steps_lost": [[[[0], [0]]] * 4, [[[0], [0]], [[3], [5]], [[0], [0]], [[0], [0]]]],
@@ -193,12 +194,17 @@ def test_scores_of_hand_made_runs():
     assert score.clip_rate == pytest.approx(0.3)
     assert score.steps_lost == 4.0
     assert score.rates_range == pytest.approx(100.0)
+    assert score.sensitivity == pytest.approx((0.04 + 0.05 + 0.2) / 4)
+    assert score.worst == pytest.approx(1.2)
     assert score.diverged == 0
     assert score.cost == 2.0
     assert score.transferred == 4.0  # At 0.01 and 1.0, where the plain setting is best.
     only = scores.score(runs, None, only=0)
     assert (only.loss, only.rate, only.diverged) == (2.0, 0.1, 3 / 8)
     assert not only.threshold_at_edge
+    # A run that diverged counts as the loss it began with; the best of these is 2.
+    assert only.sensitivity == pytest.approx((2 + 0 + 1.5 + 4) / 4)
+    assert only.worst == 6.0
     assert scores.score(base).rate_at_edge
     assert (only.cost, only.transferred) == (None, None)
 
@@ -289,8 +295,32 @@ def test_export_writes_what_is_done_and_runs_nothing(bowl, tmp_path, capsys, mon
     assert "1 of 2 jobs are not done yet" in capsys.readouterr().out
     written = json.loads(file.read_text())
     assert list(written["scores"]["bowl"]["clean"]) == [NO_CLIP]
-    assert set(written["versions"]) == {"optclip", "jax", "optax", "numpy"}
-    assert "--export" in written["command"]
+    [part] = written["parts"]
+    assert set(part["versions"]) == {"optclip", "jax", "optax", "numpy"}
+    assert "--export" in part["command"]
+
+
+def test_export_keeps_what_the_file_has_beside_it(bowl, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(__main__, "FULL", SMALL._replace(rates=(0.1,), thresholds=1))
+    file = tmp_path / "results.json"
+    for folder, method in (("a", NO_CLIP), ("b", "clip_by_global_norm"), ("c", NO_CLIP)):
+        arguments = ["--task", "bowl", "--method", method, "--out", str(tmp_path / folder)]
+        assert __main__.main([*arguments, "--workers", "1"]) == 0
+        assert __main__.main([*arguments, "--export", str(file)]) == 0
+    written = json.loads(file.read_text())
+    parts = {name: score["part"] for name, score in written["scores"]["bowl"]["clean"].items()}
+    assert parts == {NO_CLIP: 1, "clip_by_global_norm": 0}  # Nothing is left of the first run.
+    assert len(written["parts"]) == 2
+    # A method that is gone is not kept, and a file of another kind is not overwritten.
+    written["scores"]["bowl"]["clean"]["gone"] = written["scores"]["bowl"]["clean"][NO_CLIP]
+    file.write_text(json.dumps(written))
+    assert __main__.main([*arguments, "--export", str(file)]) == 0
+    assert "gone" not in json.loads(file.read_text())["scores"]["bowl"]["clean"]
+    file.write_text("{}")
+    with pytest.raises(SystemExit):
+        __main__.main([*arguments, "--export", str(file)])
+    assert "holds something else" in capsys.readouterr().err
+    assert file.read_text() == "{}"
 
 
 def test_a_method_that_fails_does_not_stop_the_others(bowl, tmp_path, capsys, monkeypatch):
@@ -346,9 +376,24 @@ def test_what_cannot_be_done_is_one_line(arguments, says, capsys):
 
 
 def test_contenders_are_public_methods_with_names_of_their_own():
-    assert set(METHODS) - {NO_CLIP} <= {method.name for method in catalogue.methods()}
+    public = {method.name for method in catalogue.methods()}
+    assert set(METHODS) - {NO_CLIP, *RIVALS} <= public
     names = [contender.name for contender in (*CONTENDERS, *CANDIDATES)]
     assert len(set(names)) == len(names) - 2  # No clip and the fixed thresholds are in both.
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_every_rival_learns(name, monkeypatch):
+    """At one of its rates, on the task of its kind."""
+    monkeypatch.setattr(transformer, "LAYERS", 1)
+    kinds = {"": "transformer, momentum", "momentum": "transformer, momentum"}
+    task = TASKS[kinds.get(METHODS[name].family, "transformer, AdamW")]
+    setting, steps = task.settings[0], 60
+    params = training.starts(task, (0,), jnp.float32)
+    rates = (task.rate / 10, task.rate, 10 * task.rate)
+    given = training.arguments(params, rates, 1.0, setting.feed(steps, (0,)))
+    losses = training.program(task, METHODS[name])(*given).losses
+    assert np.nanmin(losses[:, -5:].mean(axis=1)) < 0.95 * losses[0, 0]
 
 
 def test_what_is_listed_is_all_there_is(capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.parsing import Parser
 from benchmarks.proving_ground.claims import Found
 from benchmarks.proving_ground.page import __doc__ as about
-from benchmarks.proving_ground.page import advice, results, variants
+from benchmarks.proving_ground.page import advice, results, rivals, variants
 
 HERE = Path(__file__).parents[1]
 RESULTS, CANDIDATES = HERE / "results.json", HERE / "candidates.json"
@@ -31,7 +31,7 @@ def blocks() -> dict[str, Callable[[], str]]:
         "winners": lambda: results.winners(found),
         "symptoms": lambda: advice.symptoms(found),
         "candidates": lambda: variants.candidates(other),
-        "variants": lambda: variants.variants(other),
+        "rivals": lambda: rivals.rivals(found),
     }
 
 

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from benchmarks.proving_ground.claims import CLAIMS, NOT_RUN, Found, NotRun
-from benchmarks.proving_ground.contenders import CONTENDERS, NO_CLIP
+from benchmarks.proving_ground.contenders import CONTENDERS, NO_CLIP, Contender
 from benchmarks.proving_ground.page.cells import (
     SAFEGUARD,
     range_of,
@@ -15,6 +15,7 @@ from benchmarks.proving_ground.page.cells import (
     too_narrow,
 )
 from benchmarks.proving_ground.reporting import FIXED
+from benchmarks.proving_ground.tasks import TASKS
 
 NEAR, CHEAP = 1.02, 1.01
 """What is asked of `safeguard`: the loss over the best fixed pair, and the cost of spikes."""
@@ -23,8 +24,21 @@ SPIKED = ("spikes", "bursts")
 
 def source(found: dict[str, Any]) -> str:
     """Where the figures are from."""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"`{found['command']}`, {found['date']}; {versions}."
+    lines = []
+    for place, part in enumerate(found["parts"]):
+        versions = ", ".join(f"{name} {version}" for name, version in part["versions"].items())
+        methods = _from_part(found["scores"], place)
+        last = place == len(found["parts"]) - 1
+        of = "" if last and place == 0 else f" ({', '.join(f'`{x}`' for x in methods)})"
+        lines.append(f"`{part['command']}`, {part['date']}; {versions}{of}.")
+    return "\n\n".join(lines)
+
+
+def _from_part(scores: dict[str, Any], place: int) -> list[str]:
+    every = (
+        x for settings in scores.values() for methods in settings.values() for x in methods.items()
+    )
+    return list(dict.fromkeys(name for name, score in every if score["part"] == place))
 
 
 def duties(found: Found) -> str:
@@ -116,16 +130,31 @@ def winners(found: Found) -> str:
         )
         rows.append((f"{task}: {setting}", best, *others))
     head = ("task: setting", "lowest losses", "best fixed threshold", "`safeguard`", "no clip")
-    waiting = [f"`{contender.name}`{_missing(found, contender.name)}" for contender in CONTENDERS]
-    waiting = [text for text in waiting if not text.endswith("`")]
-    return table(head, rows) + (
-        f"\n\n{NOT_RUN.capitalize()}: {'; '.join(waiting)}." if waiting else ""
+    waiting: dict[str, list[str]] = {}
+    for contender in CONTENDERS:
+        if places := _missing(found, contender):
+            waiting.setdefault(places, []).append(f"`{contender.name}`")
+    lines = [f"{', '.join(names)} ({places})" for places, names in waiting.items()]
+    return table(head, rows) + (f"\n\n{NOT_RUN.capitalize()}: {'; '.join(lines)}." if lines else "")
+
+
+def _missing(found: Found, contender: Contender) -> str:
+    """Where the results do not have a method that belongs there."""
+    meant = [x for x in settings_of(found) if _belongs(contender, *x)]
+    places = [x for x in meant if contender.name not in found.scores[x[0]][x[1]]]
+    if len(places) == len(meant):
+        return "anywhere"
+    of_tasks: dict[str, list[str]] = {}
+    for task, setting in places:
+        of_tasks.setdefault(task, []).append(setting)
+    whole = {task: len(settings) == len(found.scores[task]) for task, settings in of_tasks.items()}
+    return "; ".join(
+        task if whole[task] else f"{task}: {', '.join(settings)}"
+        for task, settings in of_tasks.items()
     )
 
 
-def _missing(found: Found, method: str) -> str:
-    """Where the results do not have a method."""
-    places = [x for x in settings_of(found) if method not in found.scores[x[0]][x[1]]]
-    if len(places) == len(settings_of(found)):
-        return " (anywhere)"
-    return f" ({', '.join(f'{task}: {setting}' for task, setting in places)})" if places else ""
+def _belongs(contender: Contender, task: str, setting: str) -> bool:
+    [own] = [x for x in TASKS[task].settings if x.name == setting]
+    in_units = contender.instead is None or own.rate_factor == 1
+    return contender.family in ("", TASKS[task].family) and in_units

@@ -14,12 +14,8 @@ TASKS: dict[str, Task] = {
     for task in (
         quadratic.TASK,
         recurrent.TASK,
-        transformer.MOMENTUM,
-        transformer.ADAMW,
+        *transformer.TASKS,
         *deep_network.TASKS,
         ranker.TASK,
     )
 }
-
-VARIANTS: dict[str, Task] = {task.name: task for task in transformer.VARIANTS}
-"""Tasks for the candidates alone."""

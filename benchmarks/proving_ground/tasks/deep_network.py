@@ -130,6 +130,7 @@ def _task(size: int, rate: float, threshold: float) -> Task:
         init=init,
         objective=objective,
         optimizer=lambda rate: optax.sgd(rate, momentum=0.9),
+        family="momentum",
         settings=_settings(size),
         held_out=held_out,
         seconds=2.5,

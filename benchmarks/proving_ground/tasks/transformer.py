@@ -9,6 +9,7 @@ than a fixed one, with both kinds of spike: of the gradient, and of a batch that
 import functools
 import importlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -154,40 +155,125 @@ MOMENTUM = Task(
     objective=objective,
     optimizer=lambda rate: optax.sgd(rate, momentum=0.9),
     settings=SETTINGS,
+    family="momentum",
     held_out=held_out,
     seconds=13.0,
     frozen=lambda path: path.startswith(("blocks/0", "bytes", "positions")),
 )
 
 ADAMW = MOMENTUM._replace(
-    name="transformer, AdamW", rate=0.01, optimizer=lambda rate: optax.adamw(rate)
+    name="transformer, AdamW",
+    rate=0.01,
+    optimizer=lambda rate: optax.adamw(rate),
+    family="AdamW",
 )
 
-# What a bound on the update should see, for the candidates ----------------------------------------
 
-DECAY = 0.1
+def _warmed_up(rate: Any) -> Callable[[Any], Any]:
+    """A tenth of the run up to the rate, then a cosine down to a tenth of it."""
 
-VARIANTS = (
-    MOMENTUM._replace(
-        name="transformer, momentum outside the bound",
-        optimizer=lambda rate: optax.sgd(rate),
-        outside=lambda rate: optax.trace(0.9),
-        settings=SETTINGS[:1],
-    ),
-    MOMENTUM._replace(
-        name="transformer, momentum, cosine schedule",
-        optimizer=lambda rate: optax.sgd(optax.cosine_decay_schedule(rate, STEPS), momentum=0.9),
-        settings=SETTINGS[:1],
-    ),
-    ADAMW._replace(
-        name="transformer, AdamW, weight decay 0.1",
-        optimizer=lambda rate: optax.adamw(rate, weight_decay=DECAY),
-        settings=SETTINGS[:1],
-    ),
-    ADAMW._replace(
-        name="transformer, AdamW, weight decay 0.1 outside the bound",
-        optimizer=lambda rate: optax.adam(rate),
-        outside=lambda rate: optax.add_decayed_weights(-rate * DECAY),
-        settings=SETTINGS[:1],
-    ),
+    def schedule(count: Any) -> jax.Array:
+        share = jnp.asarray(count, jnp.float32) / STEPS
+        down = 0.55 + 0.45 * jnp.cos(jnp.pi * jnp.clip((share - 0.1) / 0.9, 0, 1))
+        return rate * jnp.where(share < 0.1, share / 0.1, down)
+
+    return schedule
+
+
+SCHEDULED = ADAMW._replace(
+    name="transformer, AdamW, warm-up and cosine, weight decay 0.1",
+    optimizer=lambda rate: optax.adamw(_warmed_up(rate), weight_decay=0.1),
+    family="",
 )
+
+LION = ADAMW._replace(
+    name="transformer, Lion",
+    rate=0.003,
+    optimizer=lambda rate: optax.lion(rate),
+    settings=SETTINGS[:2],
+    family="",
+)
+
+MUON = ADAMW._replace(
+    name="transformer, Muon",
+    rate=0.01,
+    optimizer=lambda rate: optax.contrib.muon(rate, adam_learning_rate=0.3 * rate),
+    settings=SETTINGS[:2],
+    family="",
+    seconds=20.0,
+)
+
+ACCUMULATED = ADAMW._replace(
+    name="transformer, AdamW, four batches a step",
+    optimizer=lambda rate: optax.MultiSteps(optax.adamw(rate), 4).gradient_transformation(),
+    settings=SETTINGS[:2],
+    family="",
+)
+
+# Fine-tuning --------------------------------------------------------------------------------------
+
+ROTATED = np.arange(BYTES, dtype=np.int32)
+for first in (ord("a"), ord("A")):
+    ROTATED[first : first + 26] = first + (np.arange(26) + 13) % 26
+"""Every letter as the thirteenth after it: text that a network has to learn to read anew."""
+
+
+@functools.cache
+def _trained() -> Callable[[Any, Any], Any]:
+    def train(params: Any, starts: Any) -> Any:
+        optimizer = optax.adamw(0.01)
+
+        def step(carry: tuple[Any, Any], batch: Any) -> tuple[Any, None]:
+            params, state = carry
+            slope = jax.grad(lambda params: objective(params, batch)[0])(params)
+            updates, state = optimizer.update(slope, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), starts)[0][0]
+
+    return jax.jit(train)
+
+
+def trained(seed: int) -> Any:
+    """The network of a seed after a run on text as it is."""
+    batches = feed(STEPS, (seed + 1000,)).batches
+    return _trained()(init(seed), jax.tree.map(lambda x: x[:, 0], batches))
+
+
+def rotated_objective(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    """The loss of a batch of rotated text, to learn from and to record."""
+    train, rotated = text().train, jnp.asarray(ROTATED)
+    inputs, labels = (
+        rotated[_windows(train, batch[name], offset)]
+        for offset, name in enumerate(("inputs", "labels"))
+    )
+    value = loss(params, inputs, labels)
+    return value, value
+
+
+def _fine_tuned(rate: Any) -> optax.GradientTransformation:
+    """AdamW on the head, the last norm and the second block; the rest stays as it was."""
+
+    def labels(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "frozen" if MOMENTUM.frozen(_spelled(path)) else "trained", params
+        )
+
+    return optax.partition({"trained": optax.adamw(rate), "frozen": optax.set_to_zero()}, labels)
+
+
+def _spelled(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+FINE_TUNED = ADAMW._replace(
+    name="transformer, fine-tuned, AdamW",
+    init=trained,
+    objective=rotated_objective,
+    optimizer=_fine_tuned,
+    settings=SETTINGS[:2],
+    family="",
+    held_out=None,
+)
+
+TASKS = (MOMENTUM, ADAMW, SCHEDULED, LION, MUON, ACCUMULATED, FINE_TUNED)
