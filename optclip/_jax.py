@@ -48,3 +48,16 @@ def tracks_axis(name: str) -> bool:
     jax 0.10 to 0.12: nothing else tells `check_vma=True` from `check_vma=False`.
     """
     return name in varying_axes(lax.axis_index(name))
+
+
+def is_literal(x: Any) -> bool:
+    """Whether an operand in a jaxpr is a constant that is written there."""
+    return hasattr(x, "val")  # As `jax.extend.core.Literal`, which is not imported for that.
+
+
+def evaluated(equation: Any, operands: list[Any]) -> list[Any]:
+    """The results of one equation of a jaxpr, as `jax.core.eval_jaxpr` finds those of all."""
+    primitive = equation.primitive
+    with equation.ctx.manager:
+        found = primitive.bind(*operands, **primitive.get_bind_params(equation.params))
+    return list(found) if primitive.multiple_results else [found]

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from optclip import _jax
+
 _KEEPS_ZERO = {
     "add", "add_any", "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "cumsum",
     "max", "min", "neg", "reduce_sum", "reshape", "sign", "squeeze", "sub", "transpose",
@@ -36,21 +38,17 @@ def _is_zero(x: Any) -> bool:
     return isinstance(x, np.ndarray | np.generic | int | float) and not np.any(np.asarray(x))
 
 
-def _is_literal(x: Any) -> bool:
-    return hasattr(x, "val")  # As `jax.extend.core.Literal`, which is not imported for that.
-
-
 def _zeros(jaxpr: Any, constants: list[bool], inputs: list[bool]) -> list[bool]:
     known = dict(zip(jaxpr.constvars, constants, strict=True))
     known |= dict(zip(jaxpr.invars, inputs, strict=True))
 
     def zero(x: Any) -> bool:
-        return _is_zero(x.val) if _is_literal(x) else known.get(x, False)
+        return _is_zero(x.val) if _jax.is_literal(x) else known.get(x, False)
 
     for equation in jaxpr.eqns:
         inputs = [zero(x) for x in equation.invars]
         if equation.primitive.name == "mul":
-            variables = [not _is_literal(x) for x in equation.invars]
+            variables = [not _jax.is_literal(x) for x in equation.invars]
             found = [any(map(operator.and_, inputs, variables))]
         else:
             found = _of_equation(equation, inputs)

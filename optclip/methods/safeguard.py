@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +16,19 @@ from optclip._tree import devices, limit, measure
 from optclip._tree.layout import Layout, layout_of, select_leaves, whole_on_devices_of
 from optclip._tree.statistics import finished, statistics_of
 from optclip._zeros import always_zero
-from optclip.clipping import NEEDS_STATE_MSG, NO_PARAMS_MSG, clip_by
+from optclip.clipping import NEEDS_STATE_MSG, NO_PARAMS_MSG
 from optclip.limiters import Factor
 from optclip.methods.skip_spikes import SkipNonfinite, unless
 from optclip.norms import Magnitude
-from optclip.state import ClipState, Outcome, check_state, init_state, update_state
+from optclip.state import (
+    ClipState,
+    Outcome,
+    check_state,
+    init_state,
+    step_of,
+    update_state,
+    where_learned,
+)
 
 Frozen = dict[str, tuple[()]]
 
@@ -164,10 +172,6 @@ def safeguard(
     check_sharded(axis_name, sharded)
     rule = thresholds.robust(deviations, 0.97, float("inf"), "winsorized")  # As `robust_clip`.
 
-    def clip(frozen: Frozen) -> optax.GradientTransformationExtraArgs:
-        scope = _but(frozen, scopes.tree)
-        return clip_by(rule, scope=scope, axis_name=axis_name, sharded=sharded)
-
     def laid_out(updates: optax.Updates, params: optax.Params, frozen: Frozen) -> Layout:
         return layout_of(_but(frozen, scopes.leaf), updates, axis_name, sharded, params)
 
@@ -179,18 +183,19 @@ def safeguard(
         inner_state = held.init(params)
         frozen = _frozen(held, inner_state, params)
         layout = laid_out if devices.are_bound(axis_name) else layout_outside
-        members = layout(params, params, frozen).members
-        places = [member.index for member in members]
+        paths = [member.path for member in layout(params, params, frozen).members]
         dtype = _numerics.tree_dtype(params)
+        small = functools.partial(_potential.Small, held, params, params, inner_state, paths, dtype)
         asked = Asked(
-            numbers=_potential.packed(inner_state, _small_state(held, params), dtype),
-            nature=_nature(held, params, places, dtype),
-            reached=jnp.zeros([len(places)], dtype),
-            excess=jnp.zeros([len(places)], dtype),
+            numbers=small(extra_args={}).fresh(),
+            nature=_nature(small, len(paths), dtype),
+            reached=jnp.zeros([len(paths)], dtype),
+            excess=jnp.zeros([len(paths)], dtype),
             steps=jnp.zeros([], jnp.int32),
         )
+        memory = rule.init(whole(jnp.zeros([], dtype)))
         return SafeguardState(
-            clip=clip({}).init(params),  # pyright: ignore[reportArgumentType]
+            clip=init_state(params, memory),
             inner_state=inner_state,
             asked=whole(asked),
             bound=init_state(params),
@@ -208,16 +213,22 @@ def safeguard(
         check_state(state, SafeguardState)
         if params is None:
             raise ValueError(NO_PARAMS_MSG)
+        if evaluating := [name for name, x in extra_args.items() if callable(x)]:
+            raise ValueError(
+                f"safeguard asks its optimizer on a small tree first, and {evaluating[0]}= cannot "
+                "be called there: an optimizer that evaluates the loss itself, as a line search "
+                "does, goes without it"
+            )
         layout = laid_out(updates, params, state.frozen)
         with jax.named_scope("optclip/measure"):
-            found = measure.measure_together(layout, norms.l2, updates, params)
-            gradient, weights = (x.blocks[0].clamped() for x in found)
-        clip_state: Any
-        # What it would hand on is not used: each leaf is multiplied once, by both factors.
-        _, clip_state = clip(state.frozen).update(updates, state.clip, params)
+            found = measure.measure(layout, norms.l2, updates)
+            gradient = found.clamped()
+            # Weights are of ordinary size, or count as if they were.
+            weights = _root_mean_squares(layout, params) * _roots(layout)
+        together = norms.pool(norms.l2, [found], [layout.sizes])
+        clip_state, ordinary = _ordinary(rule, state.clip, together)
         skipping = clip_state.nonfinite_steps > state.clip.nonfinite_steps
         skipping &= nonfinite == "skip"
-        ordinary = clip_state.factor.astype(gradient.dtype)
         gradient = gradient * ordinary
         now = number_at(ratio, state.bound.steps, weights)
 
@@ -225,22 +236,40 @@ def safeguard(
             updates: optax.Updates, states: Any, params: optax.Params, **extra_args: Any
         ) -> tuple[Any, Any]:
             inner_state, asked, bound_state, _ = states
-            lengths = _lengths(layout, weights)
+            lengths, root = _lengths(layout, weights), _roots(layout)
             room = now * lengths / jnp.sqrt(1 + asked.excess.astype(now.dtype) / PATIENCE)
-            small = _Small(layout, held, inner_state, asked, updates, params, gradient, weights)
-            # Before the optimizer, where its update grows with the gradient.
-            share = small.share(extra_args)
+            paths = [member.path for member in layout.members]
+            small = _potential.Small(
+                held, updates, params, inner_state, paths, layout.dtype, extra_args
+            )
+            ask = functools.partial(small.ask, numbers=asked.numbers, weights=weights / root)
+            nature, seen = _as(layout.dtype, (asked.nature, asked.reached))
+            # Before the optimizer, where its update grows with the gradient: how far this one would
+            # move each leaf by itself, in all steps to come.
+            size = gradient / root
+            with_it, without = jax.vmap(lambda x: ask(x)[0])(
+                jnp.stack([size, jnp.zeros_like(size)])
+            )
+            share = nature.grows * nature.gain * jnp.abs(with_it - without) * root
             before = _limited(layout, share, room)
             updates = _scaled(layout, updates, ordinary * before)
             # After it, by what it may make of that. Mostly this does nothing where that did.
-            length, one_size, small_state = small.length(before, extra_args)
+            one_size, numbers = ask(before * size)
+            steps = jnp.asarray(optax.safe_increment(asked.steps))
+            corrected = 1 - nature.fading ** steps.astype(layout.dtype)
+            length = one_size * root * nature.reach * jnp.where(seen > 0, seen, 1) / corrected
             after = _limited(layout, length, room)
             updates, inner_state = held.update(updates, inner_state, params, **extra_args)
             reached = _reached(layout, updates, one_size)
             updates = _scaled(layout, updates, after)
-            new = small.learned(small_state, reached, jnp.maximum(share, length), now * lengths)
+            new = asked._replace(
+                numbers=_as(asked.reached.dtype, numbers),
+                reached=_reached_so_far(asked.reached, reached),
+                excess=asked.excess + _excess(jnp.maximum(share, length), now * lengths, asked),
+                steps=steps,
+            )
             factor = before * after
-            gone = reached * one_size * _roots(layout)
+            gone = reached * one_size * root
             outcome = _outcome(gone, after, factor, room)
             least = jnp.asarray(LEAST * math.sqrt(layout.sizes.sum() or 1), weights.dtype)
             relative = outcome.clipped_norm / jnp.maximum(_together(weights), least)
@@ -264,67 +293,15 @@ def safeguard(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class _Small:
-    """The optimizer on one entry a leaf, in one step."""
+def _reached_so_far(before: jax.Array, now: jax.Array) -> jax.Array:
+    now = jnp.where(jnp.isfinite(now), now, 0).astype(before.dtype)
+    return jnp.clip(now, before, 1)
 
-    def __init__(
-        self,
-        layout: Layout,
-        inner: optax.GradientTransformationExtraArgs,
-        inner_state: Any,
-        asked: Asked,
-        updates: optax.Updates,
-        params: optax.Params,
-        gradient: jax.Array,
-        weights: jax.Array,
-    ) -> None:
-        self.layout, self.inner, self.updates = layout, inner, updates
-        self.asked, self.nature = asked, _as(layout.dtype, asked.nature)
-        self.places = [member.index for member in layout.members]
-        self.root = _roots(layout)
-        self.size = gradient / self.root
-        shapes = jax.eval_shape(lambda: _small_state(inner, params))
-        self.inner_state = inner_state
-        self.state = _potential.unpacked(inner_state, shapes, asked.numbers)
-        at = {path: place for place, (path, _) in enumerate(leaves_with_paths(params))}
-        of_params = [at[member.path] for member in layout.members]
-        self.params = _potential.small(params, of_params, weights / self.root)
 
-    def ask(self, values: jax.Array, extra_args: dict[str, Any]) -> tuple[jax.Array, Any]:
-        """What the optimizer makes of gradients of these sizes, and its state then."""
-        gradient = _potential.small(self.updates, self.places, values)
-        updates, state = self.inner.update(gradient, self.state, self.params, **extra_args)
-        return _potential.sizes(updates, self.places, self.layout.dtype), state
-
-    def share(self, extra_args: dict[str, Any]) -> jax.Array:
-        """How far this gradient would move each leaf, in all steps to come, by itself."""
-        both = jnp.stack([self.size, jnp.zeros_like(self.size)])
-        with_it, without = jax.vmap(lambda x: self.ask(x, extra_args)[0])(both)
-        return self.nature.grows * self.nature.gain * jnp.abs(with_it - without) * self.root
-
-    def length(
-        self, factor: jax.Array, extra_args: dict[str, Any]
-    ) -> tuple[jax.Array, jax.Array, Any]:
-        """How long the update may be; the size of an entry in it; the state of the small one."""
-        reached = _as(self.layout.dtype, self.asked.reached)
-        one_size, state = self.ask(factor * self.size, extra_args)
-        steps = self.asked.steps.astype(one_size.dtype) + 1
-        corrected = 1 - self.nature.fading**steps
-        seen = jnp.where(reached > 0, reached, 1)
-        return one_size * self.root * self.nature.reach * seen / corrected, one_size, state
-
-    def learned(
-        self, small_state: Any, reached: jax.Array, asks: jax.Array, allowed: jax.Array
-    ) -> Asked:
-        """What is remembered."""
-        over = asks / jnp.where(allowed > 0, allowed, 1) / FREE - 1
-        reached, over = _as(self.asked.excess.dtype, (reached, over))
-        return self.asked._replace(
-            numbers=_potential.packed(self.inner_state, small_state, self.asked.excess.dtype),
-            reached=jnp.clip(jnp.where(jnp.isfinite(reached), reached, 0), self.asked.reached, 1),
-            excess=self.asked.excess + jnp.clip(over, 0, 1),
-            steps=jnp.asarray(optax.safe_increment(self.asked.steps)),
-        )
+def _excess(asks: jax.Array, allowed: jax.Array, asked: Asked) -> jax.Array:
+    """Whether an optimizer asks for far more than the bound: 0 to 1."""
+    over = asks / jnp.where(allowed > 0, allowed, 1) / FREE - 1
+    return jnp.clip(over, 0, 1).astype(asked.excess.dtype)
 
 
 def _as(dtype: Any, tree: Any) -> Any:
@@ -379,15 +356,39 @@ def _reached(layout: Layout, updates: optax.Updates, one_size: jax.Array) -> jax
     At that scale no square leaves the range.
     """
     scale = 1 / jnp.where(one_size > 0, one_size, 1)
-    scales = _cut(layout, scale)
+    reached = _root_mean_squares(layout, updates, _cut(layout, scale))
+    return jnp.where(one_size > 0, reached, 0)
+
+
+def _root_mean_squares(
+    layout: Layout, tree: Any, scales: dict[int, jax.Array] | None = None
+) -> jax.Array:
+    """Of each leaf, times its scale; right where no square leaves the range of float32."""
 
     def squares(leaves: list[jax.Array]) -> dict[int, jax.Array]:
-        return statistics_of(layout, norms.rms, [leaves], [scales])[0]
+        wide = [_numerics.widened(x, layout.dtype) for x in leaves]
+        return statistics_of(layout, norms.rms, [wide], [scales])[0]
 
     ways = {"cpu": lambda leaves: squares(_numerics.cast_anew(leaves)), "default": squares}
-    found = _numerics.by_platform(ways, select_leaves(layout, updates))
-    reached = finished(layout, norms.rms, found, 1, gathered=True).blocks[0].value
-    return jnp.where(one_size > 0, reached, 0)
+    found = _numerics.by_platform(ways, select_leaves(layout, tree))
+    return finished(layout, norms.rms, found, 1, gathered=True).blocks[0].value
+
+
+def _ordinary(
+    rule: thresholds.Rule, state: ClipState, magnitude: Magnitude
+) -> tuple[ClipState, jax.Array]:
+    """One step of a clip by a rule, of which only the norm is known: its state, and the factor."""
+    norm, finite = magnitude.clamped(), jnp.isfinite(magnitude.value)
+    kept = functools.partial(_numerics.narrowed, dtype=state.norm.dtype)
+    asked = rule.threshold(state.memory, step_of(state), kept(norm), None).astype(norm.dtype)
+    bound = jnp.where(finite, asked, jnp.inf)
+    factor = limiters.factor_of(limiters.rescale, magnitude, bound)
+    clipped = limiters.clipped_norm(limiters.rescale, magnitude, factor, bound)
+    memory = rule.observe(state.memory, step_of(state), kept(norm), kept(clipped))
+    memory = where_learned(finite & (norm > 0), memory, state.memory)
+    share = (norm > bound).astype(norm.dtype)
+    outcome = Outcome(finite, norm, clipped, asked, factor.product(), share)
+    return update_state(state, outcome, memory), factor.product()
 
 
 def _outcome(gone: jax.Array, after: jax.Array, factor: jax.Array, room: jax.Array) -> Outcome:
@@ -402,23 +403,14 @@ def _outcome(gone: jax.Array, after: jax.Array, factor: jax.Array, room: jax.Arr
     )
 
 
-def _small_state(inner: optax.GradientTransformationExtraArgs, params: optax.Params) -> Any:
-    return inner.init(jax.tree.map(_potential.small_like, params))
-
-
-def _nature(
-    inner: optax.GradientTransformationExtraArgs,
-    params: optax.Params,
-    places: list[int],
-    dtype: Any,
-) -> _potential.Nature:
+def _nature(small: Callable[..., _potential.Small], leaves: int, dtype: Any) -> _potential.Nature:
     """What an optimizer is like; of one that asks for more than a loss only what is so of all."""
     for extra_args in ({}, {"value": jnp.ones([])}):
         try:
-            return _potential.get_to_know(inner, params, places, dtype, extra_args)
+            return small(extra_args=extra_args).nature()
         except TypeError:
             pass
-    one, none = jnp.ones([len(places)], dtype), jnp.zeros([len(places)], dtype)
+    one, none = jnp.ones([leaves], dtype), jnp.zeros([leaves], dtype)
     return _potential.Nature(grows=none, gain=one, fading=none, reach=one)
 
 
