@@ -47,8 +47,8 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
         `ClipState` defines them. For several, `clip/0/norm` and so on, in the order of the chain.
         `skip_spikes` adds `skip/skipped_steps`, `skip/skipping`, `skip/norm`, `skip/threshold` and
         `skip/nonfinite_steps`; `safeguard` gives `clip/...` for the clip before the optimizer,
-        `bound/...` for the one after it, with `bound/update_ratio`, and `skip/...`. An empty dict
-        where there is nothing to read.
+        `bound/...` for the bound on each gradient's share, with `bound/update_ratio`, and
+        `skip/...`. An empty dict where there is nothing to read.
 
         With `params` also `clip/norms/dense/kernel`, `clip/clipped_norms/dense/kernel` and so on,
         by path; by number, `clip/norms/0`, where the groups are labels or units that no list of

@@ -55,8 +55,10 @@ def program(task: Task, contender: Contender) -> Any:
             grads, recorded = jax.grad(objective, has_aux=True)(params)
             grads = jax.tree.map(lambda g: g * given.gradient_factor.astype(g.dtype), grads)
             grads = _open(waits, given.thawed, grads)
-            updates, state = optimizer.update(grads, state, params, value=recorded)
+            updates, new = optimizer.update(grads, state, params, value=recorded)
             updates = _open(waits, given.thawed, updates)
+            # Some optimizers hand on other types than they were given, which a loop cannot.
+            state = jax.tree.map(lambda old, x: jnp.asarray(x, old.dtype), state, new)
             return (optax.apply_updates(params, updates), state), recorded
 
         start = (params, optimizer.init(params))
