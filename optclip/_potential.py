@@ -358,6 +358,8 @@ class Small:
         def step(carry: tuple[Any, jax.Array], values: jax.Array) -> tuple[Any, jax.Array]:
             states, total = carry
             updates, new = jax.vmap(functools.partial(self._watched, kinds))(values, states)
+            # In float16 Adam makes 0 / 0 of a gradient of 0.
+            updates = jnp.where(jnp.isfinite(updates), updates, 0)
             # Against the updates of the same step: a schedule, or steps that shrink, say nothing.
             now = jnp.abs(updates[:1] - updates[2:3])
             relative = (updates[5:] - updates[2:3]) / jnp.where(now > 0, now, 1)

@@ -263,7 +263,7 @@ def safeguard(
             reached = _reached(layout, updates, one_size)
             updates = _scaled(layout, updates, after)
             new = asked._replace(
-                numbers=_as(asked.reached.dtype, numbers),
+                numbers=jax.tree.map(_finite_or, asked.numbers, numbers),
                 reached=_reached_so_far(asked.reached, reached),
                 excess=asked.excess + _excess(jnp.maximum(share, length), now * lengths, asked),
                 steps=steps,
@@ -293,6 +293,11 @@ def safeguard(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _finite_or(old: jax.Array, new: jax.Array) -> jax.Array:
+    new = new.astype(old.dtype)
+    return jnp.where(jnp.isfinite(new), new, old)
+
+
 def _reached_so_far(before: jax.Array, now: jax.Array) -> jax.Array:
     now = jnp.where(jnp.isfinite(now), now, 0).astype(before.dtype)
     return jnp.clip(now, before, 1)
@@ -301,7 +306,7 @@ def _reached_so_far(before: jax.Array, now: jax.Array) -> jax.Array:
 def _excess(asks: jax.Array, allowed: jax.Array, asked: Asked) -> jax.Array:
     """Whether an optimizer asks for far more than the bound: 0 to 1."""
     over = asks / jnp.where(allowed > 0, allowed, 1) / FREE - 1
-    return jnp.clip(over, 0, 1).astype(asked.excess.dtype)
+    return jnp.where(jnp.isnan(over), 0, jnp.clip(over, 0, 1)).astype(asked.excess.dtype)
 
 
 def _as(dtype: Any, tree: Any) -> Any:
@@ -330,6 +335,8 @@ def _lengths(layout: Layout, weights: jax.Array) -> jax.Array:
 
 def _limited(layout: Layout, lengths: jax.Array, room: jax.Array) -> jax.Array:
     """By what to multiply each leaf."""
+    # In low precision the small optimizer may overflow; of what is no number nothing is known.
+    lengths = jnp.nan_to_num(lengths, nan=0.0, posinf=_numerics.largest(lengths.dtype))
     magnitude = Magnitude(lengths, jnp.ones([], lengths.dtype))
     return limiters.factor_of(limiters.rescale, magnitude, room).product()
 
