@@ -38,9 +38,12 @@ def symptoms(found: Found) -> str:
             "; ".join(rates(x) for x in (momentum, adamw)),
         ),
         (
-            "You can afford to try thresholds and learning rates",
+            "Some dozens of steps, or Lion, and you can afford to try thresholds and learning rates",
             "`optclip.clip_by_global_norm(c)` before the optimizer, c from a sweep",
-            "; ".join(losses(x, "clean", FIXED, SAFEGUARD, NO_CLIP) for x in (momentum, adamw)),
+            "; ".join(
+                losses(x, "clean", FIXED, SAFEGUARD, NO_CLIP)
+                for x in ("deep network, batch 1024", "transformer, Lion")
+            ),
         ),
         (
             "A recurrent network whose gradient explodes",
@@ -50,6 +53,7 @@ def symptoms(found: Found) -> str:
                 "adding",
                 "adaptive_grad_clip",
                 "clip_by_param_norm",
+                SAFEGUARD,
                 FIXED,
                 NO_CLIP,
             ),
@@ -69,7 +73,9 @@ def symptoms(found: Found) -> str:
         (
             "Embeddings of rare features, Adagrad",
             "`optclip.clip_by_block_rms(0.01)` after, or no clip",
-            losses("ranker", "rare features", "clip_by_block_rms", NO_CLIP, FIXED, "clippy"),
+            losses(
+                "ranker", "rare features", "clip_by_block_rms", NO_CLIP, SAFEGUARD, FIXED, "clippy"
+            ),
         ),
         (
             "Some batches are broken",
