@@ -181,7 +181,7 @@ def _warmed_up(rate: Any) -> Callable[[Any], Any]:
 
 
 SCHEDULED = ADAMW._replace(
-    name="transformer, AdamW, warm-up and cosine, weight decay 0.1",
+    name="transformer, AdamW, scheduled",
     optimizer=lambda rate: optax.adamw(_warmed_up(rate), weight_decay=0.1),
     family="",
 )
@@ -204,7 +204,7 @@ MUON = ADAMW._replace(
 )
 
 ACCUMULATED = ADAMW._replace(
-    name="transformer, AdamW, four batches a step",
+    name="transformer, AdamW, accumulated",
     optimizer=lambda rate: optax.MultiSteps(optax.adamw(rate), 4).gradient_transformation(),
     settings=SETTINGS[:2],
     family="",
