@@ -90,7 +90,10 @@ def test_rivals_are_compared_where_both_were_run():
 
     lines = rivals.rivals(found(alike)).splitlines()
     row = {line.split(" | ")[0].strip("| `"): line.split(" | ")[1:] for line in lines[2:]}
-    assert row["mechanize"][1:] == ["1.1", "0", "1.5", "0", "50%", "2 |"]
+    assert row["mechanize"][1:6] == ["1.1", "0", "1.5", "0", "50%"]
+    assert row["mechanize"][6] == "2"
+    ranks = {name: [float(x) for x in row[name][-1].strip(" |").split(" and ")] for name in row}
+    assert ranks["mechanize"][0] > ranks["safeguard"][0] > ranks["prodigy"][0] == 1
     assert row["prodigy"][1] == "0.5"
     assert row["prodigy"][2] == row["prodigy"][0]
     assert int(row["prodigy"][0]) < int(row["mechanize"][0])

@@ -38,7 +38,7 @@ def symptoms(found: Found) -> str:
             "; ".join(rates(x) for x in (momentum, adamw)),
         ),
         (
-            "Some dozens of steps, or Lion, and you can afford to try thresholds and learning rates",
+            "Some dozens of steps, or Lion, and time to try thresholds and learning rates",
             "`optclip.clip_by_global_norm(c)` before the optimizer, c from a sweep",
             "; ".join(
                 losses(x, "clean", FIXED, SAFEGUARD, NO_CLIP)

@@ -15,7 +15,7 @@ def rivals(found: Found) -> str:
     """Each of them against `safeguard`, at the best and at the worst of its learning rates."""
     return table(
         (
-            "instead of `safeguard`",
+            "",
             "settings",
             "loss at the best rate over `safeguard`'s",
             "lower in",
@@ -23,8 +23,9 @@ def rivals(found: Found) -> str:
             "lower in",
             "runs that diverge",
             "sensitivity over `safeguard`'s",
+            "mean rank, best and worst rate",
         ),
-        [_row(found, name) for name in OTHERS if _both(found, name)],
+        [_row(found, name) for name in (SAFEGUARD, *OTHERS) if _both(found, name)],
     )
 
 
@@ -55,7 +56,20 @@ def _row(found: Found, name: str) -> tuple[str, ...]:
         f"{np.sum(worst < 1)}",
         f"{diverged:.0%}",
         _mean(sensitive),
+        " and ".join(f"{_rank(found, settings, name, what):.2f}" for what in ("loss", "worst")),
     )
+
+
+def _rank(found: Found, settings: list[tuple[str, str]], name: str, what: str) -> float:
+    """Among all of them that were run under a setting, the lowest loss first."""
+    ranks = []
+    for task, setting in settings:
+        run = [x for x in (SAFEGUARD, *OTHERS) if (task, setting) in _both(found, x)]
+        values = {x: found.of(task, setting, x, what) for x in run}
+        before = sum(x < values[name] for x in values.values())
+        alike = sum(x == values[name] for x in values.values())
+        ranks.append(before + (alike + 1) / 2)
+    return float(np.mean(ranks))
 
 
 def _over(ours: float, theirs: float) -> float:
