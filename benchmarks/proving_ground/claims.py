@@ -145,6 +145,8 @@ def _smooth(found: Found) -> Outcome:
         for setting, methods in settings.items()
         if "smooth_clip" in methods and math.isfinite(found.of(task, setting, FIXED))
     ]
+    if not ratios:
+        raise NotRun(f"smooth_clip was {NOT_RUN}")
     near = sum(ratio <= 1.05 for ratio in ratios)
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
     figure = f"within 5% in {near} of {len(ratios)} settings; {spread}"
