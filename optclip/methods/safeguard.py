@@ -126,15 +126,21 @@ def safeguard(
     `inner` never moves (`optax.set_to_zero`; `init` asks) and those that are no floats take no
     part.
 
-    Measured (`python -m benchmarks.proving_ground`, docs/proving_ground.md): see "Which clip?".
+    Measured (`python -m benchmarks.proving_ground`, docs/proving_ground.md): no run of any task
+    diverges at any of seven learning rates over three decades. Its loss is within 2% of that of the
+    best pair of fixed threshold and learning rate in 33 of 38 settings, and stays within 5% of its
+    best over a thirtyfold range of rates in 26 of the 31 where no clip is good over threefold.
+    Spikes and bursts cost 0.2% at the most. It loses in 58 steps of a deep network (1.23 times the
+    loss), under Lion (1.04), and in a recurrent network (1.17, of which most is the noise of three
+    seeds).
 
     Args:
         inner: The optimizer.
         deviations: Of `robust_clip`.
         ratio: rho, the largest share of a leaf's norm that one gradient may move it; a number,
-            traced scalar or Optax schedule. Networks train best where that is 0.01 to 0.05, by
-            measurement here and in the equilibrium of rotation and weight decay; 0.03 won at most
-            learning rates. infinity: no bound.
+            traced scalar or Optax schedule; infinity: no bound. On the proving ground 0.03 is good
+            over the widest range of learning rates, 0.01 is slow, and 0.1 is better in runs of
+            some dozens of steps.
         nonfinite: "skip", or "propagate" to hand non-finite gradients to `inner`.
         axis_name: See `clip_by`.
         sharded: See `clip_by`.
@@ -160,10 +166,12 @@ def safeguard(
         True
 
     References:
-        The pace of 0.03: Kosson, Messmer and Jaggi, "Rotational equilibrium", 2023,
-        arXiv:2305.17212, where it is the square root of twice learning rate times weight decay.
-        Why early gradients go too far: the same, "Analyzing and reducing the need for learning rate
-        warmup", 2024, arXiv:2410.23922.
+        Why the length of a step relative to the weights is what counts: Kosson, Messmer and Jaggi,
+        "Rotational equilibrium: how weight decay balances learning across neural networks", 2023,
+        arXiv:2305.17212.
+
+        Why early gradients go too far: Kosson, Messmer and Jaggi, "Analyzing and reducing the need
+        for learning rate warmup in GPT training", 2024, arXiv:2410.23922.
     """
     check_optimizer(inner, "safeguard")
     held = optax.with_extra_args_support(inner)
