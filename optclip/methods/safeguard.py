@@ -350,19 +350,25 @@ def _limited(layout: Layout, lengths: jax.Array, room: jax.Array) -> jax.Array:
 
 
 def _scaled(layout: Layout, updates: optax.Updates, factor: jax.Array) -> optax.Updates:
-    one = jnp.ones([], factor.dtype)
-    factors = {start: Factor(own, one) for start, own in _cut(layout, factor).items()}
+    roots = _cut(layout, _numerics.square_root(factor))
+    factors = {start: Factor(root, root) for start, root in roots.items()}
     return limit.rescale(layout, updates, factors, measured=False)
 
 
 def _cut(layout: Layout, vector: jax.Array) -> dict[int, jax.Array]:
-    """The number of each leaf.
+    """The number of each leaf, none of them negative."""
 
-    By themselves: of leaves whose numbers are cut out of one array XLA for a GPU would make one
-    kernel, which could not write where it reads.
-    """
-    numbers = _numerics.computed_anew(*(jnp.abs(vector[x.start]) for x in layout.members))
-    return {member.start: x for member, x in zip(layout.members, numbers, strict=True)}
+    def cut(vector: jax.Array) -> list[jax.Array]:
+        return [vector[member.start] for member in layout.members]
+
+    def by_themselves(vector: jax.Array) -> list[jax.Array]:
+        # Of leaves whose numbers are cut out of one array XLA for a GPU would make one kernel,
+        # which could not write where it reads. As results of an operation, here of none, the
+        # numbers come out of one kernel; as mere cuts out of one for each.
+        return list(_numerics.computed_anew(*map(jnp.abs, cut(vector))))
+
+    found = _numerics.by_platform({"cpu": cut, "default": by_themselves}, vector)
+    return {member.start: x for member, x in zip(layout.members, found, strict=True)}
 
 
 def _reached(layout: Layout, updates: optax.Updates, one_size: jax.Array) -> jax.Array:
