@@ -61,3 +61,21 @@ def evaluated(equation: Any, operands: list[Any]) -> list[Any]:
     with equation.ctx.manager:
         found = primitive.bind(*operands, **primitive.get_bind_params(equation.params))
     return list(found) if primitive.multiple_results else [found]
+
+
+def evaluated_inline(closed: Any, arguments: list[Any]) -> list[Any]:
+    """The results of a closed jaxpr, with the functions inside that are jitted taken apart."""
+    known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    known |= dict(zip(closed.jaxpr.invars, arguments, strict=True))
+
+    def read(x: Any) -> Any:
+        return x.val if is_literal(x) else known[x]
+
+    for equation in closed.jaxpr.eqns:
+        operands = [read(x) for x in equation.invars]
+        if equation.primitive.name in ("jit", "pjit"):
+            found = evaluated_inline(equation.params["jaxpr"], operands)
+        else:
+            found = evaluated(equation, operands)
+        known.update(zip(equation.outvars, found, strict=True))
+    return [read(x) for x in closed.jaxpr.outvars]

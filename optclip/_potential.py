@@ -237,8 +237,14 @@ class Small:
 
     @functools.cached_property
     def program(self) -> Any:
-        """Its update as a closed jaxpr: of gradients, parameters, state, and what else it takes."""
-        return jax.make_jaxpr(self._update)(self.gradient, self.params, self.state, self.extra_args)
+        """Its update as a closed jaxpr: of gradients, parameters, state, and what else it takes.
+
+        Without jitted functions in it, of which one may be for all leaves.
+        """
+        arguments = self.gradient, self.params, self.state, self.extra_args
+        closed = jax.make_jaxpr(self._update)(*arguments)
+        taken_apart = functools.partial(_jax.evaluated_inline, closed)
+        return jax.make_jaxpr(taken_apart)(jax.tree.leaves(arguments))
 
     def _inputs(self) -> tuple[list[Any], list[Any], list[Any]]:
         variables = self.program.jaxpr.invars
