@@ -4,6 +4,7 @@ No other file of the library reads an internal of JAX. Each function says for wh
 as it is; `.ci/run` tests the oldest that `pyproject.toml` allows and the newest there is.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -51,31 +52,39 @@ def tracks_axis(name: str) -> bool:
 
 
 def is_literal(x: Any) -> bool:
-    """Whether an operand in a jaxpr is a constant that is written there."""
+    """Whether an operand in a jaxpr is a constant that is written there; jax 0.10 to 0.12."""
     return hasattr(x, "val")  # As `jax.extend.core.Literal`, which is not imported for that.
 
 
-def evaluated(equation: Any, operands: list[Any]) -> list[Any]:
-    """The results of one equation of a jaxpr, as `jax.core.eval_jaxpr` finds those of all."""
-    primitive = equation.primitive
-    with equation.ctx.manager:
-        found = primitive.bind(*operands, **primitive.get_bind_params(equation.params))
-    return list(found) if primitive.multiple_results else [found]
+def evaluated(equations: Sequence[Any], known: dict[Any, Any], wanted: Sequence[Any]) -> list[Any]:
+    """Some results of a jaxpr, with the functions inside that are jitted taken apart.
 
+    jax 0.10 to 0.12: as `jax.core.eval_jaxpr`, which finds all of them and keeps such functions.
 
-def evaluated_inline(closed: Any, arguments: list[Any]) -> list[Any]:
-    """The results of a closed jaxpr, with the functions inside that are jitted taken apart."""
-    known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    known |= dict(zip(closed.jaxpr.invars, arguments, strict=True))
+    Args:
+        equations: Those that are needed, in order.
+        known: The values of variables; those of the equations are added.
+        wanted: The variables.
+    """
 
     def read(x: Any) -> Any:
         return x.val if is_literal(x) else known[x]
 
-    for equation in closed.jaxpr.eqns:
-        operands = [read(x) for x in equation.invars]
-        if equation.primitive.name in ("jit", "pjit"):
-            found = evaluated_inline(equation.params["jaxpr"], operands)
+    for equation in equations:
+        operands, primitive = [read(x) for x in equation.invars], equation.primitive
+        if primitive.name in ("jit", "pjit"):
+            found = evaluated_whole(equation.params["jaxpr"], operands)
         else:
-            found = evaluated(equation, operands)
+            with equation.ctx.manager:
+                found = primitive.bind(*operands, **primitive.get_bind_params(equation.params))
+            found = found if primitive.multiple_results else [found]
         known.update(zip(equation.outvars, found, strict=True))
-    return [read(x) for x in closed.jaxpr.outvars]
+    return [read(x) for x in wanted]
+
+
+def evaluated_whole(closed: Any, arguments: list[Any]) -> list[Any]:
+    """All results of a closed jaxpr; see `evaluated`."""
+    jaxpr = closed.jaxpr
+    known = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    known |= dict(zip(jaxpr.invars, arguments, strict=True))
+    return evaluated(jaxpr.eqns, known, jaxpr.outvars)

@@ -243,7 +243,7 @@ class Small:
         """
         arguments = self.gradient, self.params, self.state, self.extra_args
         closed = jax.make_jaxpr(self._update)(*arguments)
-        taken_apart = functools.partial(_jax.evaluated_inline, closed)
+        taken_apart = functools.partial(_jax.evaluated_whole, closed)
         return jax.make_jaxpr(taken_apart)(jax.tree.leaves(arguments))
 
     def _inputs(self) -> tuple[list[Any], list[Any], list[Any]]:
@@ -271,14 +271,7 @@ class Small:
         extra = jax.tree.leaves(self.extra_args)
         known = known | dict(zip(jaxpr.constvars, self.program.consts, strict=True))
         known |= dict(zip(jaxpr.invars[len(jaxpr.invars) - len(extra) :], extra, strict=True))
-
-        def read(x: Any) -> Any:
-            return x.val if _jax.is_literal(x) else known[x]
-
-        for equation in equations:
-            found = _jax.evaluated(equation, [read(x) for x in equation.invars])
-            known.update(zip(equation.outvars, found, strict=True))
-        return [read(x) for x in wanted]
+        return _jax.evaluated(equations, known, wanted)
 
     @functools.cached_property
     def kinds(self) -> list[_Kind] | None:

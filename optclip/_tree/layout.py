@@ -204,15 +204,25 @@ def shape_of_norms(
     axis_name: str | Sequence[str] | None = None,
     sharded: Any = None,
 ) -> tuple[int, ...]:
-    """Shape of the array of norms, for a state that is made before the first update.
+    """Shape of the array of norms, for a state that is made before the first update."""
+    if scope.one_group:
+        return ()
+    return layout_at_init(scope, params, axis_name, sharded).shape
+
+
+def layout_at_init(
+    scope: Scope,
+    params: optax.Params,
+    axis_name: str | Sequence[str] | None = None,
+    sharded: Any = None,
+) -> Layout:
+    """The layout before the first update.
 
     Mostly that is outside the `shard_map` or `pmap` that updates run in, of whole leaves.
     """
-    if scope.one_group:
-        return ()
     if devices.are_bound(axis_name):
-        return layout_of(scope, params, axis_name, sharded).shape
-    return layout_of(scope, params).shape
+        return layout_of(scope, params, axis_name, sharded)
+    return layout_of(scope, params)
 
 
 def select_leaves(layout: Layout, tree: Any) -> list[jax.Array]:

@@ -12,8 +12,14 @@ import optax
 from optclip import _numerics, _potential, limiters, norms, scopes, thresholds
 from optclip._checks import check_choice, check_number, check_optimizer, check_sharded, number_at
 from optclip._paths import leaves_with_paths
-from optclip._tree import devices, limit, measure
-from optclip._tree.layout import Layout, layout_of, select_leaves, whole_on_devices_of
+from optclip._tree import limit, measure
+from optclip._tree.layout import (
+    Layout,
+    layout_at_init,
+    layout_of,
+    select_leaves,
+    whole_on_devices_of,
+)
 from optclip._tree.statistics import finished, statistics_of
 from optclip._zeros import always_zero
 from optclip.clipping import NEEDS_STATE_MSG, NO_PARAMS_MSG
@@ -180,18 +186,12 @@ def safeguard(
     check_sharded(axis_name, sharded)
     rule = thresholds.robust(deviations, 0.97, float("inf"), "winsorized")  # As `robust_clip`.
 
-    def laid_out(updates: optax.Updates, params: optax.Params, frozen: Frozen) -> Layout:
-        return layout_of(_but(frozen, scopes.leaf), updates, axis_name, sharded, params)
-
-    def layout_outside(updates: optax.Updates, params: optax.Params, frozen: Frozen) -> Layout:
-        return layout_of(_but(frozen, scopes.leaf), updates, params=params)
-
     def init(params: optax.Params) -> SafeguardState:
         whole = functools.partial(whole_on_devices_of, params)
         inner_state = held.init(params)
         frozen = _frozen(held, inner_state, params)
-        layout = laid_out if devices.are_bound(axis_name) else layout_outside
-        paths = [member.path for member in layout(params, params, frozen).members]
+        layout = layout_at_init(_but(frozen, scopes.leaf), params, axis_name, sharded)
+        paths = [member.path for member in layout.members]
         dtype = _numerics.tree_dtype(params)
         small = functools.partial(_potential.Small, held, params, params, inner_state, paths, dtype)
         asked = Asked(
@@ -227,7 +227,8 @@ def safeguard(
                 "be called there: an optimizer that evaluates the loss itself, as a line search "
                 "does, goes without it"
             )
-        layout = laid_out(updates, params, state.frozen)
+        scope = _but(state.frozen, scopes.leaf)
+        layout = layout_of(scope, updates, axis_name, sharded, params)
         with jax.named_scope("optclip/measure"):
             found = measure.measure(layout, norms.l2, updates)
             gradient = found.clamped()
