@@ -14,7 +14,7 @@ from optclip.clipping import clip_by
 from optclip.methods import *  # noqa: F403 - they are listed there, once
 from optclip.methods.safeguard import safeguard
 from optclip.methods.skip_spikes import skip_spikes
-from optclip.readings import metrics
+from optclip.readings import grew_most, metrics
 from optclip.state import ClipState
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ClipState",
     "clip_by",
+    "grew_most",
     "histograms",
     "limiters",
     "metrics",

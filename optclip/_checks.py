@@ -89,6 +89,18 @@ def check_sharded(axis_name: Any, sharded: Any) -> None:
         )
 
 
+def check_norm(grad_norm: Any) -> None:
+    """Refuses what is not one number, and a negative one that is concrete; not what overflowed."""
+    hint = "pass the norm of the whole gradient, or leave grad_norm= out"
+    if _jax.is_traced(grad_norm):
+        if jnp.shape(grad_norm) or not jnp.issubdtype(grad_norm.dtype, jnp.floating):
+            raise ValueError(f"grad_norm= must be one real number, got {grad_norm}; {hint}")
+        return
+    array = None if isinstance(grad_norm, str | bool) else _as_array(grad_norm)
+    if array is None or array.ndim or not np.isnan(array):
+        check_number(grad_norm, "grad_norm=", hint=hint, schedule=False)
+
+
 def number_at(value: optax.ScalarOrSchedule, count: jax.Array, like: jax.Array) -> jax.Array:
     """A number, traced scalar or schedule, now, as a scalar in the dtype of `like`."""
     now: Any = value(count) if callable(value) else value

@@ -319,7 +319,7 @@ def sum_in_64_bits(entries: Callable[..., jax.Array], x: jax.Array, axes: Axes) 
     """
     x = lax.convert_element_type(x, jnp.complex128 if jnp.iscomplexobj(x) else jnp.float64)
     kept = _kept(x.shape, axes)
-    if axes != tuple(range(len(axes))) or len(axes) == x.ndim:
+    if axes != tuple(range(len(axes))) or len(axes) in (0, x.ndim):
         return sum_along(entries(x, None), axes)
     rows, columns, stripes = x.shape[axes[-1]], math.prod(kept), 1
     whole = not _jax.may_be_split(x)  # Stripes of a leaf that is split would be exchanged.

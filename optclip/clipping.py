@@ -10,9 +10,9 @@ import numpy as np
 import optax
 
 from optclip import _numerics, limiters, norms, scopes, thresholds
-from optclip._checks import check_choice, check_sharded
+from optclip._checks import check_choice, check_norm, check_sharded, number_at
 from optclip._tree import limit, measure, pieces
-from optclip._tree.layout import Layout, layout_of, leaves_of, shape_of_norms
+from optclip._tree.layout import Layout, layout_at_init, layout_of, leaves_of
 from optclip._tree.pieces import PerGroup
 from optclip.limiters import Limiter
 from optclip.norms import Magnitude, Norm
@@ -21,8 +21,10 @@ from optclip.state import (
     ClipState,
     GroupDetail,
     LeafDetail,
+    Norms,
     Outcome,
     check_state,
+    init_detail,
     init_state,
     step_of,
     update_state,
@@ -74,7 +76,9 @@ def clip_by(
     Returns:
         An `optax.GradientTransformationExtraArgs` with a `ClipState`. Updates keep their dtype;
         norms are float32 or better. One pass over the updates to measure them and one to multiply
-        them; the second is fused into what follows.
+        them; the second is fused into what follows. Where there is one norm, `update` takes it as
+        `grad_norm=`, and measures nothing: that of the whole gradient, known to a trainer or to all
+        stages of a pipeline. It must be the norm of what this clip gets.
 
     Raises:
         ValueError: If an argument is concrete and makes no sense.
@@ -101,15 +105,17 @@ def clip_by(
     by_leaf = scope.one_group or (scope.whole_leaves and scope.labels is None)
     kind_of_detail = LeafDetail if by_leaf else GroupDetail
     detail_scope = scopes.leaf if scope.one_group else scope
+    within_leaves = scope._replace(labels=None, order=None, one_group=False)
 
     def init(params: optax.Params) -> ClipState:
         dtype = _numerics.tree_dtype(params)
 
-        def zeros(scope: Scope) -> jax.Array:
-            return jnp.zeros(shape_of_norms(scope, params, axis_name, sharded), dtype)
+        def zeros(scope: Scope) -> Any:
+            layout = layout_at_init(scope, params, axis_name, sharded)
+            return layout, jnp.zeros(layout.shape, dtype)
 
-        memory = first_memory(rule, zeros(scope if rule.has_memory else scopes.tree))
-        groups = kind_of_detail(zeros(detail_scope), zeros(detail_scope)) if detail else ()
+        memory = first_memory(rule, zeros(scope if rule.has_memory else scopes.tree)[1])
+        groups = init_detail(kind_of_detail, _by_name(*zeros(detail_scope))) if detail else ()
         return init_state(params, memory, groups)
 
     def measured(
@@ -126,14 +132,25 @@ def clip_by(
             found = measure.measure_together(layout, norm, *trees, gathered=gathered)
         if not details and not weighing:
             return found, None, None
-        leaves = leaves_of(layout, scopes.leaf, trees[0], axis_name, sharded, params)
+        leaves = leaves_of(layout, within_leaves, trees[0], axis_name, sharded, params)
         by_leaf = [x.blocks[0] for x in measure.measure_together(leaves, norm, *trees)]
         if pooling:
-            found = [measure.pooled(layout, norm, x, leaves.sizes) for x in by_leaf]
+            found = [measure.pooled(layout, norm, leaves, x, leaves.sizes) for x in by_leaf]
         leaf_norms, moving = by_leaf[0].clamped() if details else None, None
         if weighing:
             found[1], moving = measure.of_what_moves(layout, norm, leaves, by_leaf, found[1])
         return found, leaf_norms, moving
+
+    def known(
+        layout: Layout, grad_norm: jax.typing.ArrayLike | None, updates: Any, params: Any
+    ) -> tuple[list[PerGroup[Magnitude]], jax.Array | None, None]:
+        """The same of a norm that was measured elsewhere; details are measured all the same."""
+        norm_of_all = norms.plain(norm_given(grad_norm, layout.dtype))
+        leaf_norms = None
+        if detail:
+            leaves = leaves_of(layout, within_leaves, updates, axis_name, sharded, params)
+            leaf_norms = measure.measure(leaves, norm, updates).clamped()
+        return [PerGroup([norm_of_all], {0: norm_of_all})], leaf_norms, None
 
     def thresholds_now(
         state: ClipState,
@@ -168,9 +185,18 @@ def clip_by(
         return PerGroup(blocks, by_piece)
 
     def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        grad_norm: jax.typing.ArrayLike | None = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, ClipState]:
         del extra_args
+        if grad_norm is not None and not scope.one_group:
+            raise ValueError(one_norm_msg(scope.name))
+        # What is relative to the parameters bounds updates, whose norm that is not.
+        given = grad_norm is not None and not rule.needs_params
         if rule.needs_params and params is None:
             raise ValueError(NO_PARAMS_MSG)
         if state is None and rule.has_memory:
@@ -188,7 +214,10 @@ def clip_by(
             )
         with jax.named_scope("optclip/measure"):
             trees = (updates, params) if rule.needs_params else (updates,)
-            found, leaf_norms, moving = measured(layout, params, *trees)
+            if given:
+                found, leaf_norms, moving = known(layout, grad_norm, updates, params)
+            else:
+                found, leaf_norms, moving = measured(layout, params, *trees)
             magnitudes, group_norms = found[0].blocks, [x.clamped() for x in found[0].blocks]
             finite = pieces.total(jnp.all, [jnp.isfinite(x.value) for x in magnitudes])
         with jax.named_scope("optclip/threshold"):
@@ -222,9 +251,11 @@ def clip_by(
             factor=_lowest(products, 1),
             share=_share_above(layout, group_norms, bound.blocks),
         )
-        groups = _details(group_norms[0], clipped_norms[0], leaf_norms) if detail else None
-        kept = kind_of_detail(*groups) if groups else ()
-        return updates, update_state(state, outcome, memory, kept)
+        groups = None
+        if detail:
+            before, after = _details(group_norms[0], clipped_norms[0], leaf_norms)
+            groups = _by_name(layout, before), _by_name(layout, after)
+        return updates, update_state(state, outcome, memory, groups, given=given)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -234,6 +265,45 @@ NO_PARAMS_MSG = (
     "passing `params` when calling `update`."
 )
 """What Optax's transformations say there."""
+
+
+def norm_given(grad_norm: Any, dtype: np.dtype) -> jax.Array:
+    """What was passed as `grad_norm=`; NaN, as of a broken step, where it is traced and below 0."""
+    check_norm(grad_norm)
+    if isinstance(grad_norm, jax.Array):
+        wide = grad_norm.astype(_numerics.accumulator(grad_norm.dtype))
+        norm = _numerics.narrowed(wide, dtype)
+    else:
+        norm = number_at(grad_norm, jnp.zeros([], jnp.int32), jnp.zeros([], dtype))
+    return jnp.where(norm >= 0, norm, jnp.nan)
+
+
+def one_norm_msg(scope: str) -> str:
+    """What a clip says that cannot take `grad_norm=`."""
+    return (
+        f"grad_norm= is one number, and this clip has a norm for each {scope}: only a clip of the "
+        "whole gradient can take it. Leave grad_norm= out"
+    )
+
+
+def bound_on_updates(
+    bound: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """The same for after the optimizer, where the norm of the gradient is another one."""
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        grad_norm: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        del grad_norm
+        return bound.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(bound.init, update)
+
 
 NEEDS_STATE_MSG = (
     "this clip learns from earlier steps and needs its state: pass what init(params) or the last "
@@ -326,6 +396,11 @@ def _pooled(
         groups = magnitudes
     sizes = pieces.sizes_in_blocks(layout, lengths[0].shape == layout.shape)
     return norms.pool(norm, groups, sizes, pieces.total).clamped()
+
+
+def _by_name(layout: Layout, vector: jax.Array) -> Norms:
+    """As the state keeps it: under the labels of the groups, where they have any."""
+    return pieces.by_label(layout, vector) if layout.labels else vector
 
 
 def _details(

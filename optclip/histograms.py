@@ -29,11 +29,11 @@ class NormHistogram(NamedTuple):
     Attributes:
         counts: Of the norm of the whole gradient; int32, shape (2306,).
         by_group: Of the norm of each group, or of each leaf where the scope is the whole tree;
-            int32, shape (groups, 2306). () without `detail=True`.
+            int32, shape (leaves, 2306), or under each label (2306,). () without `detail=True`.
     """
 
     counts: jax.Array
-    by_group: jax.Array | tuple[()] = ()
+    by_group: jax.Array | dict[str, jax.Array] | tuple[()] = ()
 
 
 def recording(
@@ -45,7 +45,9 @@ def recording(
         state: Any = measured.init(params)
         by_group = ()
         if state.detail:
-            by_group = jnp.zeros((*state.detail.norms.shape, BINS), jnp.int32)
+            by_group = jax.tree.map(
+                lambda norms: jnp.zeros((*norms.shape, BINS), jnp.int32), state.detail.norms
+            )
         empty = NormHistogram(jnp.zeros([BINS], jnp.int32), by_group)
         return state._replace(memory=whole_on_devices_of(params, empty))
 
@@ -64,7 +66,11 @@ def recording(
             counts = _counted(histogram.counts, new.norm, finite)
             by_group = histogram.by_group
             if new.detail and not isinstance(by_group, tuple):
-                by_group = _counted(by_group, new.detail.norms, finite)
+                by_group = jax.tree.map(
+                    lambda counts, norms: _counted(counts, norms, finite),
+                    by_group,
+                    new.detail.norms,
+                )
         return updates, new._replace(memory=NormHistogram(counts, by_group))
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -21,7 +21,9 @@ _CLIP = (
     "factor",
     "clip_rate",
     "recent_clip_rate",
+    "steps",
     "nonfinite_steps",
+    "given_steps",
     "detail",
 )
 _SKIP = ("skipped_steps", "skipping", "norm", "threshold", "nonfinite_steps")
@@ -39,21 +41,26 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
             `TrainState` or an `nnx.Optimizer`.
         params: What names the readings of single leaves, where `detail=True` keeps them: a tree
             with the leaves that the clip sees (the parameters, a part of them inside
-            `optax.masked`), or a list with a name for every group. Default: they are left out.
+            `optax.masked`), or a list with a name for every unit. Groups that have labels have
+            their names from those. Default: they are left out.
 
     Returns:
         For one clip `clip/norm` (before clipping), `clip/clipped_norm` (after), `clip/threshold`,
-        `clip/factor`, `clip/clip_rate`, `clip/recent_clip_rate` and `clip/nonfinite_steps`, as
-        `ClipState` defines them. For several, `clip/0/norm` and so on, in the order of the chain.
+        `clip/factor`, `clip/clip_rate`, `clip/recent_clip_rate`, `clip/steps`,
+        `clip/nonfinite_steps` and `clip/given_steps`, as `ClipState` defines them. For several,
+        `clip/0/norm` and so on, in the order of the chain.
         `skip_spikes` adds `skip/skipped_steps`, `skip/skipping`, `skip/norm`, `skip/threshold` and
         `skip/nonfinite_steps`; `safeguard` gives `clip/...` for the clip before the optimizer,
         `bound/...` for the bound on each gradient's share, with `bound/update_ratio`, and
         `skip/...`. An empty dict where there is nothing to read.
 
         With `params` also `clip/norms/dense/kernel`, `clip/clipped_norms/dense/kernel` and so on,
-        by path; by number, `clip/norms/0`, where the groups are labels or units that no list of
-        names was given for, or where the names are not as many as they. The readings of stacked
-        states (of a vmapped ensemble, a scan's history, replicated for pmap) are stacked alike.
+        by path, label, or label and number of a layer (`clip/norms/layers/3`); by number,
+        `clip/norms/0`, where the groups are units that no list of names was given for, or where the
+        names are not as many as they. `clip/growth/dense/kernel`: how many times its usual norm
+        that leaf was at the last spike (a step of more than 3 times the usual norm), 0 before the
+        first; see `grew_most`. The readings of stacked states (of a vmapped ensemble, a scan's
+        history, replicated for pmap) are stacked alike.
 
         `nonfinite_steps` counts what a wrapper saw and kept from the clip too: `skip_spikes`,
         `safeguard` and `optax.apply_if_finite` leave its state as it was in such a step.
@@ -102,17 +109,81 @@ def _check_state(opt_state: Any) -> None:
         )
 
 
+def grew_most(opt_state: Any, params: Any = None, k: int = 5) -> dict[str, float]:
+    """The leaves that grew most at the last spike, with how many times their usual norm they were.
+
+    A spike is a step whose whole norm was more than 3 times its average over about 128 steps. For a
+    clip with `detail=True`, outside of jit.
+
+    Args:
+        opt_state: As in `metrics`; of an ensemble or of replicas that of one member.
+        params: As in `metrics`; None where groups have labels.
+        k: How many leaves.
+
+    Returns:
+        From name to growth, the largest first, for at most `k` leaves (or labels, layers, units);
+        empty before the first spike. The largest number stands for a leaf whose gradient had been
+        zero. Of several clips with details, the first.
+
+    Raises:
+        ValueError: If no clip in the state has details, or several members are stacked in it.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> clip = optclip.clip_by_global_norm(1.0, detail=True)
+        >>> grads = {"body": jnp.ones(4), "head": jnp.ones(4)}
+        >>> _, state = clip.update(grads, clip.init(grads))
+        >>> _, state = clip.update({"body": 2 * jnp.ones(4), "head": 50 * jnp.ones(4)}, state)
+        >>> optclip.grew_most(state, grads)
+        {'head': 50.0, 'body': 2.0}
+    """
+    details = [x["detail"] for kind, x in _found(opt_state) if kind == "clip" and x.get("detail")]
+    if not details:
+        raise ValueError(
+            "no clip in this state keeps the norms of single leaves; make one with detail=True, as "
+            "optclip.clip_by_global_norm(1.0, detail=True)"
+        )
+    detail = details[0]
+    if jnp.ndim(array_in(detail.growth.usual_norm)):
+        raise ValueError(
+            "this state holds several members (of an ensemble, or replicas): pass that of one, as "
+            "jax.tree.map(lambda x: x[0], opt_state)"
+        )
+    growth = dict(_of_groups(detail, detail.growth.at_spike, params))
+    found = [(name, float(x)) for name, x in growth.items() if float(x) > 0]
+    return dict(sorted(found, key=lambda each: -each[1])[:k])
+
+
 def _named(detail: Any, params: Any) -> Iterator[tuple[str, jax.Array]]:
     """The readings of single groups by name; by number, where the names are not theirs."""
+    readings = {
+        "norms": detail.norms,
+        "clipped_norms": detail.clipped_norms,
+        "growth": detail.growth.at_spike,
+    }
+    for what, values in readings.items():
+        for name, x in _of_groups(detail, values, params):
+            yield f"{what}/{name}", x
+
+
+def _of_groups(detail: Any, values: Any, params: Any) -> Iterator[tuple[str, jax.Array]]:
+    """Each group's number under its name."""
+    # Before the groups there may be members of an ensemble, steps, or devices.
+    before = jnp.ndim(array_in(detail.growth.usual_norm))
+    if isinstance(values, dict):
+        for label, x in values.items():
+            own = array_in(x)
+            if jnp.ndim(own) == before:
+                yield label, own
+            else:
+                yield from ((f"{label}/{place}", own[..., place]) for place in range(own.shape[-1]))
+        return
     given = isinstance(params, list | tuple) and all(isinstance(name, str) for name in params)
     names = list(params) if given else _paths(params) if isinstance(detail, LeafDetail) else []
-    for what, vector in detail._asdict().items():
-        vector = array_in(vector)
-        # Groups come last: before them there may be members of an ensemble, steps, or devices.
-        numbers = [vector[..., place] for place in range(jnp.shape(vector)[-1])]
-        fitting = names if len(names) == len(numbers) else range(len(numbers))
-        for name, x in zip(fitting, numbers, strict=True):
-            yield f"{what}/{name}", x
+    vector = array_in(values)
+    numbers = [vector[..., place] for place in range(jnp.shape(vector)[-1])]
+    fitting = names if len(names) == len(numbers) else range(len(numbers))
+    yield from ((str(name), x) for name, x in zip(fitting, numbers, strict=True))
 
 
 def _paths(params: Any) -> list[str]:

@@ -5,6 +5,7 @@ A scope says which axes of a leaf one group spans and which leaves share a group
     tree            the whole tree is one group
     leaf            a group per leaf
     group(labels)   a group per label
+    layer(stacked)  a group per layer of leaves that are stacked for a scan, across those leaves
     unit(axes)      groups within a leaf: for most layers, the weights into one output
 
 `optclip._tree.measure` looks at a tree with a scope, and walks it.
@@ -18,7 +19,7 @@ import numpy as np
 import optax
 
 from optclip._numerics import Axes
-from optclip._paths import answer_per_leaf
+from optclip._paths import answer_per_leaf, leaves_with_paths
 
 Label = Hashable
 AxesOf = Callable[[str, tuple[int, ...]], Axes | int | None]
@@ -31,8 +32,9 @@ class Scope(NamedTuple):
     Attributes:
         name: What messages call it.
         axes: (path, shape) -> the axes of a leaf that one group spans; None leaves the leaf alone.
-        labels: (tree) -> a label for each leaf, in order; leaves of equal label share a group, and
-            None leaves a leaf alone. The function itself is None where groups stay within leaves.
+        labels: (tree) -> a label for each leaf, in order; leaves of equal label share a group (or
+            as many as their axes leave), and None leaves a leaf alone. The function itself is None
+            where groups stay within leaves.
         order: The labels in the order of their groups; None for the order of appearance.
         one_group: Whether there is one norm, a scalar, however many leaves there are (also none).
         whole_leaves: Whether no leaf is divided, whatever its shape.
@@ -86,6 +88,59 @@ def group(labels: Any, order: Sequence[Label] | None = None) -> Scope:
 
     ordered = None if order is None else tuple(order)
     return Scope("group", _whole, labels_of, ordered, whole_leaves=True)
+
+
+def layer(stacked: Callable[[str], bool]) -> Scope:
+    """The leaves of one layer share a norm, where the layers are stacked for `jax.lax.scan`.
+
+    Entry i along axis 0 of all stacked leaves together is one group; every other leaf is a group
+    of its own.
+
+    Args:
+        stacked: From a leaf's path ("layers/attention/kernel") to whether it is stacked. All that
+            are must be equally long along axis 0.
+
+    Returns:
+        A `Scope`.
+
+    Raises:
+        ValueError: If `stacked` is no function; when it meets a tree, if stacked leaves are not
+            equally long, or one is a scalar.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> from optclip import scopes
+        >>> by_layer = scopes.layer(lambda path: path.startswith("layers/"))
+        >>> clip = optclip.clip_by(5.0, scope=by_layer, detail=True)
+        >>> grads = {
+        ...     "layers": {"kernel": jnp.full((2, 4, 4), 3.0), "bias": jnp.zeros((2, 4))},
+        ...     "head": jnp.ones(4),
+        ... }
+        >>> _, state = clip.update(grads, clip.init(grads))
+        >>> readings = optclip.metrics(state, grads)
+        >>> float(readings["clip/norms/layers/0"]), float(readings["clip/norms/head"])
+        (12.0, 2.0)
+    """
+    if not callable(stacked):
+        raise ValueError(
+            f"scopes.layer needs a function from a leaf's path to whether its layers are stacked "
+            f'along axis 0, got {stacked!r}; for example lambda path: path.startswith("layers/")'
+        )
+
+    def axes(path: str, shape: tuple[int, ...]) -> Axes:
+        if not stacked(path):
+            return _whole(path, shape)
+        if not shape:
+            raise ValueError(
+                f"{path!r} is a scalar, which holds no layers; let stacked({path!r}) be False"
+            )
+        return tuple(range(1, len(shape)))
+
+    def labels(updates: optax.Updates) -> list[Label]:
+        paths = (path for path, _ in leaves_with_paths(updates))
+        return ["layers" if stacked(path) else path for path in paths]
+
+    return Scope("layer", axes, labels)
 
 
 def unit(axes: UnitAxes = None) -> Scope:

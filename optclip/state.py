@@ -14,6 +14,26 @@ from optclip.thresholds.rules import Memory, Step
 RECENT_STEPS = 128
 """Over how many steps `ClipState.recent_clip_rate` looks back."""
 
+SPIKE = 3.0
+"""A step is a spike to `Growth` whose norm is more than so many times the usual one."""
+
+Norms = jax.Array | dict[str, jax.Array]
+"""A vector with one norm for each leaf or group; or by label one norm, or one for each layer."""
+
+
+class Growth(NamedTuple):
+    """What grew at the last spike; arrays shaped as the norms of which it is told.
+
+    Attributes:
+        usual_norm: Average of the whole norm, over about 128 steps; of a spike `SPIKE` times it.
+        usual_norms: The same of every leaf or group.
+        at_spike: How many times its usual norm each was at the last spike; 0 before the first.
+    """
+
+    usual_norm: jax.Array
+    usual_norms: Norms
+    at_spike: Norms
+
 
 class LeafDetail(NamedTuple):
     """Readings of single leaves, where `detail=True` asked for them.
@@ -21,25 +41,36 @@ class LeafDetail(NamedTuple):
     Attributes:
         norms: Norm of each leaf before clipping, in the order of the tree; shape (leaves,).
         clipped_norms: The same after clipping.
+        growth: Which of them grew at the last spike.
     """
 
-    norms: jax.Array
-    clipped_norms: jax.Array
+    norms: Norms
+    clipped_norms: Norms
+    growth: Growth
 
 
 class GroupDetail(NamedTuple):
-    """The same of groups that are not the leaves: labels, units.
+    """The same of groups that are not the leaves: by label, or of units in one vector.
 
     Attributes:
-        norms: Norm of each group before clipping; shape (groups,).
+        norms: Norm of each group before clipping; shape (units,), or a dict.
         clipped_norms: The same after clipping.
+        growth: Which of them grew at the last spike.
     """
 
-    norms: jax.Array
-    clipped_norms: jax.Array
+    norms: Norms
+    clipped_norms: Norms
+    growth: Growth
 
 
 Detail = LeafDetail | GroupDetail
+
+
+def init_detail(kind: type[LeafDetail] | type[GroupDetail], zeros: Norms) -> Detail:
+    """The readings before the first step."""
+    norms, clipped_norms, usual, at_spike = (jax.tree.map(jnp.copy, zeros) for _ in range(4))
+    usual_norm = jnp.zeros([], jnp.result_type(*jax.tree.leaves(zeros)))
+    return kind(norms, clipped_norms, Growth(usual_norm, usual, at_spike))
 
 
 class ClipState(NamedTuple):
@@ -48,7 +79,8 @@ class ClipState(NamedTuple):
     The floats are float32, or float64 where a parameter is 64-bit.
 
     Attributes:
-        steps: Updates so far; int32. Schedules are called with it.
+        steps: Updates so far; int32. Schedules are called with it. A wrapper that hands a step on
+            only now and then, as `optax.MultiSteps` does, lets only those be counted.
         nonfinite_steps: Updates so far whose gradient had a non-finite entry; int32.
         norm: Norm before clipping. Of several groups: the norm of all together. Of single
             entries: the largest.
@@ -58,6 +90,7 @@ class ClipState(NamedTuple):
         clip_rate: Share of the finite steps so far whose norm was above the threshold; of several
             groups, the mean share of them.
         recent_clip_rate: The same as an average that looks back over about 128 steps.
+        given_steps: Updates so far whose norm was passed as `grad_norm=`, not measured; int32.
         memory: What the threshold rule remembers; () if nothing.
         detail: A `LeafDetail` or `GroupDetail`, or () where it was not asked for.
     """
@@ -70,6 +103,7 @@ class ClipState(NamedTuple):
     factor: jax.Array
     clip_rate: jax.Array
     recent_clip_rate: jax.Array
+    given_steps: jax.Array
     memory: Memory = ()
     detail: Detail | tuple[()] = ()
 
@@ -108,6 +142,7 @@ def init_state(
         factor=jnp.ones([], dtype),
         clip_rate=jnp.zeros([], dtype),
         recent_clip_rate=jnp.zeros([], dtype),
+        given_steps=jnp.zeros([], jnp.int32),
         memory=memory,
         detail=detail,
     )
@@ -122,14 +157,27 @@ def init_state_by_leaf(
     if not detail:
         return init_state(params)
     shape = shape_of_norms(scopes.leaf, params, axis_name, sharded)
-    dtype = _numerics.tree_dtype(params)
-    return init_state(params, (), LeafDetail(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+    zeros = jnp.zeros(shape, _numerics.tree_dtype(params))
+    return init_state(params, (), init_detail(LeafDetail, zeros))
 
 
 def update_state(
-    state: ClipState, outcome: Outcome, memory: Memory = (), detail: Detail | tuple[()] = ()
+    state: ClipState,
+    outcome: Outcome,
+    memory: Memory = (),
+    detail: tuple[Norms, Norms] | None = None,
+    *,
+    given: bool = False,
 ) -> ClipState:
-    """The state after a step."""
+    """The state after a step.
+
+    Args:
+        state: The one before.
+        outcome: What the step measured and did.
+        memory: What the rule remembers now.
+        detail: Where the state keeps them: the norms of leaves or groups before and after.
+        given: Whether the norm was not measured, but passed.
+    """
     # As numbers by themselves: a GPU has then one kernel for them, where each would redo the sums.
     outcome = Outcome(*_numerics.computed_anew(*outcome))
     finite, steps = outcome.finite, _next(state.steps)
@@ -151,16 +199,55 @@ def update_state(
         factor=outcome.factor,
         clip_rate=averaged(state.clip_rate, 0.0),
         recent_clip_rate=averaged(state.recent_clip_rate, 1 / RECENT_STEPS),
+        given_steps=_next(state.given_steps) if given else state.given_steps,
         memory=memory,
-        detail=detail,
+        detail=_detail_after(state.detail, outcome, detail),
     )
+    return jax.tree.map(_as_kept, state, new)
 
-    def kept(old: jax.Array, x: jax.Array) -> jax.Array:
-        """As the state keeps it: a gradient may be wider than the parameters it was made for."""
-        floating = jnp.issubdtype(old.dtype, jnp.floating)
-        return _numerics.narrowed(x, old.dtype) if floating else x.astype(old.dtype)
 
-    return jax.tree.map(kept, state, new)
+def _as_kept(old: jax.Array, x: jax.Array) -> jax.Array:
+    """As the state keeps it: a gradient may be wider than the parameters it was made for."""
+    floating = jnp.issubdtype(old.dtype, jnp.floating)
+    return _numerics.narrowed(x, old.dtype) if floating else x.astype(old.dtype)
+
+
+def _detail_after(
+    detail: Detail | tuple[()], outcome: Outcome, norms: tuple[Norms, Norms] | None
+) -> Detail | tuple[()]:
+    if norms is None or (isinstance(detail, tuple) and not detail):
+        return ()
+    before, after = (jax.tree.map(_as_kept, detail.norms, x) for x in norms)
+    usual_norm, usual_norms, at_spike = detail.growth
+    norm = _as_kept(usual_norm, outcome.norm)
+    spike = outcome.finite & (usual_norm > 0) & (norm / SPIKE > usual_norm)
+    growth = Growth(
+        usual_norm=_averaged(usual_norm, norm, outcome.finite),
+        usual_norms=jax.tree.map(
+            lambda old, x: _averaged(old, x, outcome.finite), usual_norms, before
+        ),
+        at_spike=jax.tree.map(
+            lambda old, x, usual: jnp.where(spike, _ratio(x, usual), old),
+            at_spike,
+            before,
+            usual_norms,
+        ),
+    )
+    return detail._replace(norms=before, clipped_norms=after, growth=growth)
+
+
+def _averaged(old: jax.Array, norm: jax.Array, finite: jax.Array) -> jax.Array:
+    """The usual norm after a step. The first one is taken as it is, and zeros say nothing."""
+    held = jnp.where(norm / SPIKE > old, SPIKE * old, norm)
+    new = jnp.where(old > 0, old + (held - old) / RECENT_STEPS, norm)
+    return jnp.where(finite & (norm > 0), new, old)
+
+
+def _ratio(norm: jax.Array, usual: jax.Array) -> jax.Array:
+    """How many times the usual norm; the largest number where there was none so far."""
+    most = _numerics.largest(norm.dtype)
+    times = jnp.minimum(norm / jnp.where(usual > 0, usual, 1), most)
+    return jnp.where(usual > 0, times, jnp.where(norm > 0, most, 0))
 
 
 def check_state(state: Any, kind: type, *shapes: tuple[str, Any, Any]) -> None:
@@ -174,7 +261,7 @@ def check_state(state: Any, kind: type, *shapes: tuple[str, Any, Any]) -> None:
     """
     way = (
         "a state of another optimizer or clip, or one that came back from a checkpoint without its "
-        "types, does not fit: start with init(params), or restore into what that returns"
+        "types, does not fit: optclip.restore_state(optimizer, params, state) takes over what does"
     )
     if not isinstance(state, kind):
         raise ValueError(f"expected a {kind.__name__} as state, got {type(state).__name__}; {way}")

@@ -35,6 +35,7 @@ class GroupedLeaf(NamedTuple):
         start: Where in the vector of groups its own begin.
         kept: Shape of its groups in the whole leaf: its shape with `axes` of length 1.
         sharding: How it lies on the devices.
+        shared: Whether its several groups may be shared with other leaves, as layers are.
     """
 
     index: int
@@ -43,6 +44,7 @@ class GroupedLeaf(NamedTuple):
     start: int
     kept: tuple[int, ...]
     sharding: devices.LeafSharding
+    shared: bool
 
     @property
     def groups(self) -> int:
@@ -66,6 +68,8 @@ class Layout(NamedTuple):
         axis_names: Mesh axes over which leaves may be split.
         kinds: For each kind of leaf the starts of those that are alike, whose groups can be stacked
             without traffic on a mesh: their paths differ in numbers only, as of repeated layers.
+        labels: Where groups have labels, from label to the place of its one group, or to the slice
+            of its several.
     """
 
     members: tuple[GroupedLeaf, ...]
@@ -74,11 +78,12 @@ class Layout(NamedTuple):
     dtype: np.dtype
     axis_names: tuple[str, ...]
     kinds: tuple[tuple[int, ...], ...]
+    labels: dict[str, int | slice]
 
     @property
     def has_units(self) -> bool:
-        """Whether a leaf has several groups."""
-        return any(member.groups > 1 for member in self.members)
+        """Whether a leaf may have several groups."""
+        return any(member.groups > 1 or member.shared for member in self.members)
 
     @property
     def in_one_vector(self) -> bool:
@@ -138,6 +143,7 @@ def layout_of(
     places = {label: place for place, label in enumerate(scope.order or ())}
     total = len(places)
     members: list[GroupedLeaf] = []
+    firsts: dict[int, GroupedLeaf] = {}
     for index, ((path, x), label) in enumerate(zip(leaves, labels, strict=True)):
         if label is None or not _numerics.is_floating(x) or not math.prod(jnp.shape(x)):
             continue
@@ -156,8 +162,17 @@ def layout_of(
                 f"{list(scope.order)}; label it None to leave it alone"
             )
         start = places.setdefault(label, total) if scope.labels else total
-        total = max(total, start + math.prod(kept))
-        members.append(GroupedLeaf(index, path, axes, start, kept, sharding))
+        shared = scope.labels is not None and len(axes) < len(shape)
+        member = GroupedLeaf(index, path, axes, start, kept, sharding, shared)
+        first = firsts.setdefault(start, member)
+        if (first.shared, first.groups) != (shared, member.groups):
+            raise ValueError(
+                f"the layers of {first.path!r} and {path!r} are stacked along axis 0, where they "
+                f"have {first.groups} and {member.groups} entries: let scopes.layer(stacked) name "
+                "the leaves of one stack only"
+            )
+        total = max(total, start + member.groups)
+        members.append(member)
     vector = () if scope.one_group else (total,)
     sizes = np.zeros(1 if scope.one_group else total)
     for member in members:
@@ -166,7 +181,8 @@ def layout_of(
     dtype = _numerics.tree_dtype([leaves[member.index][1] for member in members])
     names = devices.axis_names(axis_name) or ()
     kinds = _kinds([(member, leaves[member.index][1]) for member in members])
-    return Layout(tuple(members), vector, sizes.reshape(vector), dtype, names, kinds)
+    named = {} if scope.one_group or not scope.labels else _by_label(places, members)
+    return Layout(tuple(members), vector, sizes.reshape(vector), dtype, names, kinds, named)
 
 
 def leaves_of(
@@ -177,22 +193,39 @@ def leaves_of(
     sharded: Any,
     params: optax.Params | None,
 ) -> Layout:
-    """The layout whose groups are single leaves, of those that take part in another."""
+    """The layout whose groups stay within leaves, of those that take part in another."""
     every = layout_of(leaf_scope, updates, axis_name, sharded, params)
     taking = {member.index for member in layout.members}
     members = [member for member in every.members if member.index in taking]
+    groups = [member.groups for member in members]
+    starts = np.cumsum([0, *groups])
+    sizes = [every.size_at(x.start) for x in members]
     return every._replace(
-        members=tuple(x._replace(start=start) for start, x in enumerate(members)),
-        shape=(len(members),),
-        sizes=np.array([every.size_at(x.start) for x in members]),
+        members=tuple(
+            x._replace(start=int(start)) for x, start in zip(members, starts, strict=False)
+        ),
+        shape=(int(starts[-1]),),
+        sizes=np.repeat(sizes, groups),
         dtype=layout.dtype,
         kinds=(),
     )
 
 
+def _by_label(places: dict[Any, int], members: list[GroupedLeaf]) -> dict[str, int | slice]:
+    shared = {member.start: member.groups for member in members if member.shared}
+    found: dict[str, int | slice] = {}
+    for label, start in places.items():
+        if str(label) in found:
+            raise ValueError(f"two labels read {str(label)!r}: let their text differ")
+        found[str(label)] = slice(start, start + shared[start]) if start in shared else start
+    return found
+
+
 def _kinds(members: list[tuple[GroupedLeaf, Any]]) -> tuple[tuple[int, ...], ...]:
     alike: dict[Any, dict[int, None]] = {}
-    for member, x in members:
+    # Groups that several leaves share have one place.
+    firsts = {member.start: (member, x) for member, x in reversed(members)}
+    for member, x in reversed(firsts.values()):
         key = (member.role, member.kept, jnp.shape(x), getattr(jax.typeof(x), "sharding", None))
         alike.setdefault(key, {})[member.start] = None
     return tuple(tuple(starts) for starts in alike.values())

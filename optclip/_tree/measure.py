@@ -78,7 +78,7 @@ def of_what_moves(
     Args:
         layout: Of the groups.
         norm: The norm.
-        leaves: Of the leaves that take part.
+        leaves: Of the same leaves, with groups that stay within a leaf.
         both: The norms of their updates and of their parameters.
         whole: The norms of the groups of parameters; those they are where all move, or nothing.
     """
@@ -86,46 +86,79 @@ def of_what_moves(
     moving = updates.value != 0  # Also what is not finite.
     moving |= ~jnp.any(moving)
     entries = jnp.where(moving, leaves.sizes.astype(leaves.dtype), 0)
-    parts = pooled(layout, norm, params._replace(value=jnp.where(moving, params.value, 0)), entries)
+    own = params._replace(value=jnp.where(moving, params.value, 0))
+    parts = pooled(layout, norm, leaves, own, entries)
     chosen = [
         jax.tree.map(functools.partial(jnp.where, jnp.all(moving)), *each)
         for each in zip(whole.blocks, parts.blocks, strict=True)
     ]
     by_piece = {0: chosen[0]} if layout.shape == () else {}
-    return PerGroup(chosen, by_piece), sums_in_groups(layout, entries)
+    sums = [jnp.sum(entries[at], axis=-1) for at in _parts_of_groups(layout, leaves)]
+    return PerGroup(chosen, by_piece), _in_one(layout, sums)
 
 
 def pooled(
-    layout: Layout, norm: Norm, of_leaves: Magnitude, sizes: np.ndarray | jax.Array
+    layout: Layout,
+    norm: Norm,
+    leaves: Layout,
+    of_leaves: Magnitude,
+    sizes: np.ndarray | jax.Array,
 ) -> PerGroup[Magnitude]:
     """The norms of groups from those of their leaves.
 
     Args:
         layout: Of the groups.
         norm: The norm.
-        of_leaves: The norms of the leaves that take part, in order.
+        leaves: Of the same leaves, with groups that stay within a leaf.
+        of_leaves: The norms of those.
         sizes: Entries of each.
     """
     of_leaves = Magnitude(*jnp.broadcast_arrays(*of_leaves))
+
+    def of_group(parts: Magnitude, sizes: np.ndarray | jax.Array) -> Magnitude:
+        return norms.pool(norm, [parts], [sizes])
+
     found = [
-        norms.pool(norm, [Magnitude(*(x[at] for x in of_leaves))], [sizes[at]])
-        for at in _members_of_groups(layout)
+        (jax.vmap(of_group) if at.ndim == 2 else of_group)(
+            Magnitude(*(x[at] for x in of_leaves)),
+            jnp.asarray(sizes[at], layout.dtype) if at.ndim == 2 else sizes[at],
+        )
+        for at in _parts_of_groups(layout, leaves)
     ]
     if layout.shape == ():
         return PerGroup(found, {0: found[0]})
-    return PerGroup([jax.tree.map(lambda *x: jnp.stack(x), *found)], {})
+    return PerGroup([jax.tree.map(lambda *x: _in_one(layout, list(x)), *found)], {})
 
 
-def sums_in_groups(layout: Layout, x: jax.Array) -> jax.Array:
-    """One number for each group from numbers for each leaf that takes part."""
-    found = [jnp.sum(x[at]) for at in _members_of_groups(layout)]
-    return found[0] if layout.shape == () else jnp.stack(found)
+def _parts_of_groups(layout: Layout, leaves: Layout) -> list[np.ndarray]:
+    """Which parts belong to a group: for each group a vector, for all layers of a stack a matrix.
+
+    In the order of the groups.
+    """
+    if layout.shape == ():
+        return [np.arange(leaves.sizes.size)]
+    found: dict[int, list[np.ndarray]] = {}
+    for member, part in zip(layout.members, leaves.members, strict=True):
+        own = part.start + np.arange(part.groups)
+        found.setdefault(member.start, []).append(own)
+    shared = {member.start for member in layout.members if member.shared}
+    absent = set(range(layout.shape[0])) - {
+        start + place for start, (own, *_) in found.items() for place in range(len(own))
+    }
+    empty = {start: [np.zeros(0, int)] for start in absent}  # A label that no leaf has.
+    return [
+        np.stack(own, axis=1) if start in shared else np.concatenate(own)
+        for start, own in sorted((found | empty).items())
+    ]
 
 
-def _members_of_groups(layout: Layout) -> list[np.ndarray]:
-    starts = np.array([member.start for member in layout.members], int)
-    groups = range(1 if layout.shape == () else layout.shape[0])
-    return [np.flatnonzero(starts == group) for group in groups]
+def _in_one(layout: Layout, found: list[jax.Array]) -> jax.Array:
+    """The vector of all groups, from numbers and vectors in their order."""
+    if layout.shape == ():
+        return found[0]
+    if any(x.ndim for x in found):
+        return jnp.concatenate([jnp.atleast_1d(x) for x in found])
+    return jnp.stack(found)
 
 
 def room_for_moduli(leaves: list[jax.Array]) -> float:

@@ -22,7 +22,8 @@ from optclip._tree import devices
 from optclip._tree.layout import GroupedLeaf, Layout
 
 Pieces = dict[int, jax.Array]
-"""From `GroupedLeaf.start` to an array of shape () or `GroupedLeaf.kept`."""
+"""From `GroupedLeaf.start` to an array of shape () or `GroupedLeaf.kept`; without the axes that a
+group spans where leaves of other ranks may share it."""
 
 T = TypeVar("T")
 
@@ -116,10 +117,15 @@ def _cut(layout: Layout, vector: jax.Array) -> Pieces:
     return {
         member.start: jnp.reshape(
             replicated(vector[member.start : member.start + member.groups]),
-            member.kept if member.groups > 1 else (),
+            member.kept if member.groups > 1 and not member.shared else (-1,) * member.shared,
         )
         for member in layout.members
     }
+
+
+def by_label(layout: Layout, vector: jax.Array) -> dict[str, jax.Array]:
+    """The numbers of a vector under the labels of their groups."""
+    return {label: vector[place] for label, place in layout.labels.items()}
 
 
 def are_stacked(layout: Layout, gathered: bool) -> bool:
@@ -154,6 +160,8 @@ def for_each_leaf(layout: Layout, pieces: Pieces) -> list[jax.Array]:
 def _own(member: GroupedLeaf, piece: jax.Array) -> jax.Array:
     if piece.ndim == 0:
         return piece
+    if member.shared:
+        piece = lax.expand_dims(piece, member.axes)
     part = tuple(
         length // devices.axis_size((member.sharding.dims or {}).get(axis, ()))
         if axis not in member.axes
@@ -164,11 +172,11 @@ def _own(member: GroupedLeaf, piece: jax.Array) -> jax.Array:
 
 
 def scatter(member: GroupedLeaf, part: jax.Array) -> jax.Array:
-    """The groups of one device's part in their places among those of the whole leaf."""
-    if part.ndim == 0 or part.shape == member.kept:
-        return part
-    whole = jnp.zeros(member.kept, part.dtype)
-    return lax.dynamic_update_slice(whole, part, offset(member, part.shape))
+    """The groups of one device's part in their places among those of the whole leaf: a piece."""
+    if part.ndim != 0 and part.shape != member.kept:
+        whole = jnp.zeros(member.kept, part.dtype)
+        part = lax.dynamic_update_slice(whole, part, offset(member, part.shape))
+    return lax.squeeze(part, member.axes) if member.shared else part
 
 
 def offset(member: GroupedLeaf, part: tuple[int, ...]) -> list[jax.Array | int]:

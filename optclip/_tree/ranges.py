@@ -28,6 +28,7 @@ from optclip._tree.pieces import PerGroup
 from optclip._tree.statistics import (
     Forest,
     assembled,
+    by_group,
     finished,
     is_ours,
     of_piece,
@@ -91,13 +92,13 @@ def _in_three_windows(layout: Layout, norm: Norm, gathered: bool, forest: Forest
 def _in_64_bits(layout: Layout, norm: Norm, gathered: bool, forest: Forest) -> Found:
     sum_of_leaf = _sum_in_64_bits_once if is_ours(norm) else _sum_in_64_bits
     with jax.enable_x64(True):
-        sums = [
-            {
-                member.start: sum_of_leaf(norm, x, member.axes, layout.size_at(member.start))
+        sums: list[pieces.Pieces] = []
+        for leaves in forest:
+            of_leaves = [
+                sum_of_leaf(norm, x, member.axes, layout.size_at(member.start))
                 for member, x in zip(layout.members, leaves, strict=True)
-            }
-            for leaves in forest
-        ]
+            ]
+            sums.append(by_group(layout, norm, of_leaves, jnp.dtype(jnp.float64)))
         return [_assembled(layout, gathered, norm, _from_64_bits, [x]) for x in sums]
 
 

@@ -106,12 +106,15 @@ def is_ours(norm: Norm) -> bool:
     return any(norm is own for own in (norms.l1, norms.l2, norms.rms))
 
 
-def by_group(layout: Layout, norm: Norm, statistics: list[jax.Array]) -> Pieces:
+def by_group(
+    layout: Layout, norm: Norm, statistics: list[jax.Array], dtype: np.dtype | None = None
+) -> Pieces:
     """From the statistics of the leaves those of the groups, each in its place."""
+    dtype = layout.dtype if dtype is None else dtype
     found: dict[int, list[jax.Array]] = {}
     for member, statistic in zip(layout.members, statistics, strict=True):
-        if statistic.dtype != layout.dtype:
-            statistic = statistic.astype(layout.dtype)
+        if statistic.dtype != dtype:
+            statistic = statistic.astype(dtype)
         if norm.adds and member.sharding.copies > 1:
             statistic = statistic / member.sharding.copies
         found.setdefault(member.start, []).append(pieces.scatter(member, statistic))

@@ -11,10 +11,9 @@ from optclip import limiters, norms, scopes
 from optclip._checks import at, check_number, check_sharded
 from optclip._tree import limit, measure
 from optclip._tree.layout import layout_of
-from optclip.clipping import Nonfinite, check_nonfinite
+from optclip.clipping import Nonfinite, check_nonfinite, one_norm_msg
 from optclip.state import (
     ClipState,
-    LeafDetail,
     Outcome,
     check_state,
     init_state_by_leaf,
@@ -72,9 +71,16 @@ def clip_by_value(
         return init_state_by_leaf(params, axis_name, sharded, detail=detail)
 
     def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        grad_norm: Any = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, ClipState]:
         del extra_args
+        if grad_norm is not None:
+            raise ValueError(one_norm_msg("entry"))
         state = init(updates) if state is None else state
         check_state(state, ClipState)
         layout = layout_of(scopes.tree, updates, axis_name, sharded, params)
@@ -103,11 +109,12 @@ def clip_by_value(
             factor=jnp.where(finite, factor.product(), 0) if zeroed else factor.product(),
             share=jnp.where(finite, share, 0),
         )
-        groups: LeafDetail | tuple[()] = ()
+        groups = None
         if leaf_norms is not None:
-            groups = LeafDetail(leaf_norms, jnp.minimum(leaf_norms, bound))
+            clipped_norms = jnp.minimum(leaf_norms, bound)
             if zeroed:
-                groups = groups._replace(clipped_norms=jnp.where(finite, groups.clipped_norms, 0))
+                clipped_norms = jnp.where(finite, clipped_norms, 0)
+            groups = leaf_norms, clipped_norms
         return updates, update_state(state, outcome, (), groups)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -17,7 +17,6 @@ from optclip.clipping import NO_PARAMS_MSG, Nonfinite, check_nonfinite
 from optclip.limiters import Factor
 from optclip.state import (
     ClipState,
-    LeafDetail,
     Outcome,
     check_state,
     init_state_by_leaf,
@@ -124,9 +123,8 @@ def clippy(
             factor=jnp.min(product, initial=1),
             share=jnp.mean((finite & (roots > 1)).astype(layout.dtype)) if roots.size else rho * 0,
         )
-        return updates, update_state(
-            state, outcome, (), LeafDetail(ratios, clipped) if detail else ()
-        )
+        groups = (ratios, clipped) if detail else None
+        return updates, update_state(state, outcome, (), groups)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -8,7 +8,7 @@ import optax
 
 from optclip import histograms, limiters, norms, scopes, thresholds
 from optclip._checks import check_number
-from optclip.clipping import Nonfinite, clip_by
+from optclip.clipping import Nonfinite, bound_on_updates, clip_by
 from optclip.norms import Norm
 from optclip.scopes import Scope
 
@@ -236,14 +236,16 @@ def clip_by_block_rms(
         arXiv:1804.04235.
     """
     check_number(threshold, "threshold=", hint="pass jnp.inf to switch clipping off")
-    return clip_by(
-        threshold,
-        scope=scopes.leaf,
-        norm=norms.rms,
-        axis_name=axis_name,
-        sharded=sharded,
-        nonfinite=nonfinite,
-        detail=detail,
+    return bound_on_updates(
+        clip_by(
+            threshold,
+            scope=scopes.leaf,
+            norm=norms.rms,
+            axis_name=axis_name,
+            sharded=sharded,
+            nonfinite=nonfinite,
+            detail=detail,
+        )
     )
 
 
@@ -341,16 +343,18 @@ def measure_norms(
         >>> float(optclip.metrics(state)["clip/norm"])
         5.0
     """
-    measured = clip_by(
-        jnp.inf,
-        scope=scope,
-        norm=norm,
-        axis_name=axis_name,
-        sharded=sharded,
-        nonfinite=nonfinite,
-        detail=detail,
+    measured = bound_on_updates(  # It may stand anywhere, and is there to measure.
+        clip_by(
+            jnp.inf,
+            scope=scope,
+            norm=norm,
+            axis_name=axis_name,
+            sharded=sharded,
+            nonfinite=nonfinite,
+            detail=detail,
+        )
     )
-    if histogram and detail and not (scope.one_group or scope.whole_leaves):
+    if histogram and detail and not (scope.whole_leaves or scope.labels):
         raise ValueError(
             "measure_norms(histogram=True, detail=True) would keep 9.2 kB for every single unit; "
             "pass scope=scopes.leaf for a histogram of each leaf, or leave detail out"

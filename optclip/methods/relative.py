@@ -7,7 +7,7 @@ import optax
 
 from optclip import scopes, thresholds
 from optclip._checks import check_number
-from optclip.clipping import Nonfinite, clip_by
+from optclip.clipping import Nonfinite, bound_on_updates, clip_by
 from optclip.scopes import Scope, UnitAxes
 
 
@@ -135,11 +135,13 @@ def clip_by_param_norm(
         The floor under the parameters' root mean square: Shazeer and Stern, "Adafactor: adaptive
         learning rates with sublinear memory cost", 2018, arXiv:1804.04235.
     """
-    return clip_by(
-        thresholds.relative_to_params(ratio, eps, eps_is_rms=True),
-        scope=scope,
-        axis_name=axis_name,
-        sharded=sharded,
-        nonfinite=nonfinite,
-        detail=detail,
+    return bound_on_updates(
+        clip_by(
+            thresholds.relative_to_params(ratio, eps, eps_is_rms=True),
+            scope=scope,
+            axis_name=axis_name,
+            sharded=sharded,
+            nonfinite=nonfinite,
+            detail=detail,
+        )
     )

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _numerics, _potential, limiters, norms, scopes, thresholds
+from optclip import _numerics, _potential, limiters, norms, scopes
 from optclip._checks import check_choice, check_number, check_optimizer, check_sharded, number_at
 from optclip._paths import leaves_with_paths
 from optclip._tree import limit, measure
@@ -22,8 +22,9 @@ from optclip._tree.layout import (
 )
 from optclip._tree.statistics import finished, statistics_of
 from optclip._zeros import always_zero
-from optclip.clipping import NEEDS_STATE_MSG, NO_PARAMS_MSG
+from optclip.clipping import NEEDS_STATE_MSG, NO_PARAMS_MSG, norm_given
 from optclip.limiters import Factor
+from optclip.methods.learned import robust_clip
 from optclip.methods.skip_spikes import SkipNonfinite, unless
 from optclip.norms import Magnitude
 from optclip.state import (
@@ -31,9 +32,7 @@ from optclip.state import (
     Outcome,
     check_state,
     init_state,
-    step_of,
     update_state,
-    where_learned,
 )
 
 Frozen = dict[str, tuple[()]]
@@ -184,7 +183,7 @@ def safeguard(
     check_choice(nonfinite, ("skip", "propagate"), "nonfinite=")
     check_number(ratio, "ratio=", hint="pass jnp.inf to switch the bound off")
     check_sharded(axis_name, sharded)
-    rule = thresholds.robust(deviations, 0.97, float("inf"), "winsorized")  # As `robust_clip`.
+    clip: Any = robust_clip(deviations=deviations)
 
     def init(params: optax.Params) -> SafeguardState:
         whole = functools.partial(whole_on_devices_of, params)
@@ -201,9 +200,8 @@ def safeguard(
             excess=jnp.zeros([len(paths)], dtype),
             steps=jnp.zeros([], jnp.int32),
         )
-        memory = rule.init(whole(jnp.zeros([], dtype)))
         return SafeguardState(
-            clip=init_state(params, memory),
+            clip=clip.init(params),
             inner_state=inner_state,
             asked=whole(asked),
             bound=init_state(params),
@@ -214,7 +212,12 @@ def safeguard(
         )
 
     def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        grad_norm: jax.typing.ArrayLike | None = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, SafeguardState]:
         if state is None:
             raise ValueError(NEEDS_STATE_MSG)
@@ -234,8 +237,13 @@ def safeguard(
             gradient = found.clamped()
             # Weights are of ordinary size, or count as if they were.
             weights = _root_mean_squares(layout, params) * _roots(layout)
-        together = norms.pool(norms.l2, [found], [layout.sizes])
-        clip_state, ordinary = _ordinary(rule, state.clip, together)
+        if grad_norm is None:
+            norm, given_steps = norms.pool(norms.l2, [found], [layout.sizes]).clamped(), 0
+        else:
+            norm, given_steps = norm_given(grad_norm, layout.dtype), 1
+        # What the clip makes of 1 is its factor.
+        ordinary, clip_state = clip.update(jnp.ones_like(norm), state.clip, grad_norm=norm)
+        clip_state = clip_state._replace(given_steps=state.clip.given_steps + given_steps)
         skipping = clip_state.nonfinite_steps > state.clip.nonfinite_steps
         skipping &= nonfinite == "skip"
         gradient = gradient * ordinary
@@ -394,23 +402,6 @@ def _root_mean_squares(
     ways = {"cpu": lambda leaves: squares(_numerics.cast_anew(leaves)), "default": squares}
     found = _numerics.by_platform(ways, select_leaves(layout, tree))
     return finished(layout, norms.rms, found, 1, gathered=True).blocks[0].value
-
-
-def _ordinary(
-    rule: thresholds.Rule, state: ClipState, magnitude: Magnitude
-) -> tuple[ClipState, jax.Array]:
-    """One step of a clip by a rule, of which only the norm is known: its state, and the factor."""
-    norm, finite = magnitude.clamped(), jnp.isfinite(magnitude.value)
-    kept = functools.partial(_numerics.narrowed, dtype=state.norm.dtype)
-    asked = rule.threshold(state.memory, step_of(state), kept(norm), None).astype(norm.dtype)
-    bound = jnp.where(finite, asked, jnp.inf)
-    factor = limiters.factor_of(limiters.rescale, magnitude, bound)
-    clipped = limiters.clipped_norm(limiters.rescale, magnitude, factor, bound)
-    memory = rule.observe(state.memory, step_of(state), kept(norm), kept(clipped))
-    memory = where_learned(finite & (norm > 0), memory, state.memory)
-    share = (norm > bound).astype(norm.dtype)
-    outcome = Outcome(finite, norm, clipped, asked, factor.product(), share)
-    return update_state(state, outcome, memory), factor.product()
 
 
 def _outcome(gone: jax.Array, after: jax.Array, factor: jax.Array, room: jax.Array) -> Outcome:

@@ -16,7 +16,7 @@ from optclip import _numerics, norms, scopes
 from optclip._checks import check_choice, check_count, check_number, check_optimizer, check_sharded
 from optclip._tree import measure
 from optclip._tree.layout import layout_of, whole_on_devices_of
-from optclip.clipping import NEEDS_STATE_MSG
+from optclip.clipping import NEEDS_STATE_MSG, norm_given
 from optclip.state import check_state
 
 SkipNonfinite = Literal["skip", "propagate"]
@@ -94,8 +94,9 @@ def skip_spikes(
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with a `SkipState`. `update` takes `loss=` too,
-        and then also skips where the loss is a spike by the same rule, or not finite; other extra
-        arguments go to `inner`. State: two windows of floats beside that of `inner`. Cost: one
+        and then also skips where the loss is a spike by the same rule, or not finite; and
+        `grad_norm=` in place of measuring, which goes to `inner` too, as do other extra
+        arguments. State: two windows of floats beside that of `inner`. Cost: one
         pass over the gradient; on a step that is not skipped `inner`'s own.
 
     Raises:
@@ -150,6 +151,7 @@ def skip_spikes(
         params: optax.Params | None = None,
         *,
         loss: jax.typing.ArrayLike | None = None,
+        grad_norm: jax.typing.ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SkipState]:
         if state is None:
@@ -159,7 +161,12 @@ def skip_spikes(
         check_state(state, SkipState, ("window", state.norms.values, ring))
         layout = layout_of(scopes.tree, updates, axis_name, sharded, params)
         with jax.named_scope("optclip/measure"):
-            magnitude = measure.measure(layout, norms.l2, updates)
+            if grad_norm is None:
+                magnitude = measure.measure(layout, norms.l2, updates)
+            else:
+                magnitude = norms.plain(norm_given(grad_norm, layout.dtype))
+                # The gradient goes on as it came, so that the clip in front may use it as well.
+                extra_args["grad_norm"] = grad_norm
         dtype = state.norm.dtype
         norm = _numerics.narrowed(magnitude.clamped(), dtype)
         finite = jnp.isfinite(magnitude.value)

@@ -14,7 +14,7 @@ from optclip import _numerics, norms, scopes
 from optclip._checks import check_decay, check_number, check_sharded, number_at
 from optclip._tree import devices, limit, measure
 from optclip._tree.layout import Layout, layout_of, select_leaves
-from optclip.clipping import NEEDS_STATE_MSG, Nonfinite, check_nonfinite
+from optclip.clipping import NEEDS_STATE_MSG, Nonfinite, check_nonfinite, one_norm_msg
 from optclip.norms import Magnitude
 from optclip.state import ClipState, Outcome, check_state, init_state, step_of, update_state
 from optclip.thresholds.averages import LearnFrom, check_learn_from
@@ -85,9 +85,16 @@ def spam_clip(
         return init_state(params)._replace(memory=jax.tree.map(_second_moment, params))
 
     def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        grad_norm: Any = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, ClipState]:
         del extra_args
+        if grad_norm is not None:
+            raise ValueError(one_norm_msg("entry"))
         if state is None:
             raise ValueError(NEEDS_STATE_MSG)
         check_state(state, ClipState)

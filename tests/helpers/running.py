@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -160,6 +161,14 @@ def assert_as_the_oracle(
     rate, steps = readings(before)["clip_rate"], int(clip_state(before).steps)
     rate += (outcome.share - rate) / (steps + 1)
     assert_right(read["clip_rate"], rate, rtol, "clip_rate")
+
+
+def passes_over_leaves(function: Any, *args: Any) -> int:
+    """How many reductions of the program read a whole leaf, and no mere vector of norms."""
+    text = quick_jit(function).lower(*args).compile().as_text()
+    shapes = dict(re.findall(r"(%[\w.\-]+) = \w+\[([\d,]*)\]", text))
+    read = re.findall(r" reduce(?:-window)?\((%[\w.\-]+)", text)
+    return sum(math.prod(map(int, filter(None, shapes[x].split(",")))) >= 300 for x in read)
 
 
 def slack(dtype: Any) -> float:

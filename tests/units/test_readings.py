@@ -1,15 +1,12 @@
 """`metrics(opt_state, params)`: readings of single leaves by path; and what readings cost."""
 
-import math
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx, serialization
-from helpers.running import each_method
+from helpers.running import each_method, passes_over_leaves
 from helpers.samples import quick_jit
 
 import optclip
@@ -57,12 +54,35 @@ def test_nothing_is_named_where_nothing_was_asked_for(strict):
     assert not named(readings(silent), "clip/norms/")
 
 
-def test_a_list_names_the_groups(strict):
+def test_labels_name_their_groups(strict):
     clip = optclip.clip_by_group_norm(
-        {"body": 1.0, "head": 5.0}, lambda path: "body" if "dense" in path else "head", detail=True
+        {"body": 1.0, "head": 5.0, "absent": 1.0},
+        lambda path: "body" if "dense" in path else "head",
+        detail=True,
     )
-    read = readings(clip, names=["body", "head"])
-    assert named(read, "clip/norms/") == pytest.approx({"body": 66**0.5, "head": 24**0.5})
+    read = readings(clip)
+    expected = {"body": 66**0.5, "head": 24**0.5, "absent": 0.0}
+    assert named(read, "clip/norms/") == pytest.approx(expected)
+    assert named(read, "clip/clipped_norms/") == pytest.approx(
+        {"body": 1, "head": 24**0.5 and 24**0.5, "absent": 0}
+    )
+    numbered = optclip.clip_by_group_norm(1.0, lambda path: len(path), detail=True)
+    assert set(named(readings(numbered), "clip/norms/")) == {str(len(name)) for name in NORMS}
+
+
+def test_labels_of_one_text_are_refused(strict):
+    clip = optclip.clip_by_group_norm(1.0, {"a": 1, "b": "1"}, detail=True)
+    with pytest.raises(ValueError, match="two labels read '1'"):
+        clip.init({"a": jnp.ones(2), "b": jnp.ones(2)})
+
+
+def test_a_list_names_the_units(strict):
+    clip = optclip.clip_by(9.0, scope=scopes.unit(), detail=True)
+    _, state = clip.update(jnp.ones((4, 2)), clip.init(jnp.ones((4, 2))))
+    assert named(optclip.metrics(state, ["left", "right"]), "clip/norms/") == {
+        "left": 2,
+        "right": 2,
+    }
 
 
 def test_groups_that_are_no_leaves_are_numbered(strict):
@@ -75,10 +95,93 @@ def test_groups_as_many_as_leaves_are_not_taken_for_them(strict):
     clip = optclip.clip_by_group_norm({"y": 9.0, "x": 9.0}, lambda path: swapped[path], detail=True)
     tree = {"a": jnp.full(1, 3.0), "b": jnp.full(1, 4.0)}
     _, state = clip.update(tree, clip.init(tree))
-    read = optclip.metrics(state, tree)
-    assert named(read, "clip/norms/") == {"0": 4.0, "1": 3.0}
-    read = optclip.metrics(state, ["y", "x"])
-    assert named(read, "clip/norms/") == {"y": 4.0, "x": 3.0}
+    assert named(optclip.metrics(state, tree), "clip/norms/") == {"y": 4.0, "x": 3.0}
+
+
+GROWING = {
+    "leaves": optclip.clip_by_leaf_norm(1.0, detail=True),
+    "the whole": optclip.clip_by_global_norm(1.0, detail=True),
+    "labels": optclip.clip_by_group_norm(1.0, lambda path: path, detail=True),
+    "entries": optclip.clip_by_value(1.0, detail=True),
+    "measured": optclip.measure_norms(detail=True),
+}
+
+
+@pytest.mark.parametrize("clip", GROWING.values(), ids=GROWING)
+def test_what_grew_at_the_last_spike(clip, strict):
+    usual = {"a": 3.0, "b": 4.0, "c": 0.0}
+    update = quick_jit(clip.update)
+
+    def after(state, *several):
+        for norms in several:
+            gradient = {name: jnp.full(1, norm) for name, norm in norms.items()}
+            _, state = update(gradient, state)
+        return state
+
+    zeros = {name: jnp.zeros(1) for name in usual}
+    state = after(clip.init(zeros), *[usual] * 5)
+    assert optclip.grew_most(state, zeros) == {}
+    # Twice the usual norm is no spike, nor is what is not finite.
+    calm = after(state, {**usual, "a": 6.0}, {**usual, "a": float("nan")})
+    assert optclip.grew_most(calm, zeros) == {}
+    spiked = after(state, {"a": 30.0, "b": 4.0, "c": 1.0}, usual)
+    most = float(jnp.finfo(jnp.float32).max)  # It had no gradient before.
+    expected = {"c": most, "a": 10.0, "b": 1.0}
+    assert optclip.grew_most(spiked, zeros) == pytest.approx(expected)
+    assert list(optclip.grew_most(spiked, zeros)) == ["c", "a", "b"]
+    assert list(optclip.grew_most(spiked, zeros, k=1)) == ["c"]
+    growth = named(optclip.metrics(spiked, zeros), "clip/growth/")
+    assert growth == pytest.approx(expected)
+    # Only the last one counts, against what is usual, of which a spike counts as 3 times.
+    again = after(spiked, {"a": 30.0, "b": 400.0, "c": 0.0})
+    growth = optclip.grew_most(again, zeros)
+    assert list(growth) == ["b", "a"]
+    assert growth["a"] == pytest.approx(30 / (3 + 6 / 128), rel=1e-3)
+
+
+def test_a_lasting_rise_is_usual_after_a_while(strict):
+    clip = optclip.measure_norms(detail=True)
+    update, state = quick_jit(clip.update), clip.init(jnp.zeros(1))
+    for norm in [1.0] * 10 + [10.0] * 300:
+        _, state = update(jnp.full(1, norm), state)
+    assert state.detail.growth.usual_norm > 8
+
+
+def test_growth_needs_details_and_one_member(strict):
+    clip = optclip.clip_by_global_norm(1.0)
+    with pytest.raises(ValueError, match=r"detail=True, as optclip.clip_by_global_norm"):
+        optclip.grew_most(clip.init(jnp.ones(2)))
+    clip = optclip.clip_by_global_norm(1.0, detail=True)
+    states = jax.vmap(clip.init)(jnp.ones((3, 2)))
+    with pytest.raises(ValueError, match=r"several members.*x\[0\]"):
+        optclip.grew_most(states, jnp.ones((3, 2)))
+
+
+COUNTED = {
+    "alone": (lambda clip: clip, 6),
+    "MultiSteps": (lambda clip: optax.MultiSteps(clip, 3), 2),
+    "conditionally_transform": (
+        lambda clip: optax.conditionally_transform(clip, lambda step: step < 4),
+        4,
+    ),
+    "conditionally_mask": (lambda clip: optax.conditionally_mask(clip, lambda step: step < 4), 4),
+    "apply_if_finite": (lambda clip: optax.apply_if_finite(clip, 9), 5),
+    "skip_spikes": (optclip.skip_spikes, 5),
+    "maybe_update": (lambda clip: optax.transforms.maybe_update(clip, lambda step: step < 4), 4)
+    if hasattr(optax.transforms, "maybe_update")
+    else (lambda clip: clip, 6),
+}
+
+
+@pytest.mark.parametrize(("wrap", "seen"), COUNTED.values(), ids=COUNTED)
+def test_the_steps_that_a_clip_saw_are_read(wrap, seen):
+    """Of six updates, the fifth of which is not finite."""
+    optimizer = wrap(optclip.clip_by_global_norm(1.0))
+    params = jnp.ones(2)
+    state = optimizer.init(params)
+    for entry in (1.0, 2.0, 1.0, 2.0, jnp.nan, 1.0):
+        _, state = optimizer.update(jnp.array([3.0, entry]), state, params)
+    assert int(optclip.metrics(state)["clip/steps"]) == seen
 
 
 @pytest.mark.parametrize("detail", ["first", "second"])
@@ -122,14 +225,6 @@ def test_nnx_variables_have_the_paths_of_their_gradients():
 
 
 LARGE = {"kernel": jnp.ones((16, 20)), "embedding": jnp.ones((20, 16)), "bias": jnp.ones(300)}
-
-
-def passes_over_leaves(function, *args):
-    """How many reductions of the program read a whole leaf, and no mere vector of norms."""
-    text = quick_jit(function).lower(*args).compile().as_text()
-    shapes = dict(re.findall(r"(%[\w.\-]+) = \w+\[([\d,]*)\]", text))
-    read = re.findall(r" reduce(?:-window)?\((%[\w.\-]+)", text)
-    return sum(math.prod(map(int, filter(None, shapes[x].split(",")))) >= 300 for x in read)
 
 
 @each_method
@@ -182,16 +277,14 @@ def test_readings_of_stacked_states_stand_under_their_own_leaves(strict):
 
     # Of a history of three steps, by group.
     one = jax.tree.map(lambda x: x[0], (gradient, params))
-    labeled = optclip.clip_by_group_norm(
-        {"x": 1.0, "y": 1.0}, lambda path: "xy"["b" in path], detail=True
-    )
+    labeled = optclip.clip_by_group_norm(1.0, lambda path: "xy"["b" in path], detail=True)
 
     def step(state, scale):
         _, state = labeled.update(jax.tree.map(lambda x: x * scale, one[0]), state)
         return state, state
 
     _, history = jax.lax.scan(step, labeled.init(one[1]), jnp.array([1.0, 10.0, 100.0]))
-    read = optclip.metrics(history, ["x", "y"])
+    read = optclip.metrics(history, one[1])
     assert read["clip/norms/x"].tolist() == pytest.approx([12**0.5 * 10**i for i in range(3)])
     assert read["clip/norms/y"].tolist() == [0, 0, 0]
     assert read["clip/norm"].shape == (3,)
