@@ -15,18 +15,21 @@ from optclip.methods import *  # noqa: F403 - they are listed there, once
 from optclip.methods.safeguard import safeguard
 from optclip.methods.skip_spikes import skip_spikes
 from optclip.readings import grew_most, metrics
+from optclip.restoring import Restored, restore_state
 from optclip.state import ClipState
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ClipState",
+    "Restored",
     "clip_by",
     "grew_most",
     "histograms",
     "limiters",
     "metrics",
     "norms",
+    "restore_state",
     "safeguard",
     "scopes",
     "skip_spikes",

@@ -213,7 +213,7 @@ WRAPPERS = (
 )
 """Wrappers of optimizers, around one that changes nothing."""
 
-WITHOUT_METHOD = {"ClipState", "clip_by", "metrics"} | {
+WITHOUT_METHOD = {"ClipState", "Restored", "clip_by", "grew_most", "metrics", "restore_state"} | {
     "histograms",
     "limiters",
     "norms",

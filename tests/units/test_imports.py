@@ -21,7 +21,7 @@ LAYERS = (
     {"clipping"},
     {"histograms"},
     {"methods"},
-    {"readings"},
+    {"readings", "restoring"},
     {"optclip"},
     {"_tuning", "catalogue"},
     {"tuning"},
