@@ -4,13 +4,24 @@ No other file of the library reads an internal of JAX. Each function says for wh
 as it is; `.ci/run` tests the oldest that `pyproject.toml` allows and the newest there is.
 """
 
+import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.core
-from jax import lax
+from jax import export, lax
 from jax.sharding import AxisType
+
+State = TypeVar("State")
+
+
+def exportable(kind: type[State]) -> type[State]:
+    """Registers a NamedTuple, so that a program that takes or returns one can be exported."""
+    # A module that is loaded twice finds its names taken.
+    with contextlib.suppress(ValueError):
+        export.register_namedtuple_serialization(kind, serialized_name=f"optclip.{kind.__name__}")
+    return kind
 
 
 def is_traced(x: Any) -> bool:

@@ -41,6 +41,7 @@ NOBODY = -1
 """The owner of what belongs to no leaf that is asked about."""
 
 
+@_jax.exportable
 class Nature(NamedTuple):
     """What an optimizer is like, leaf by leaf; arrays of shape (leaves,).
 

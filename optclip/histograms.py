@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optclip import _jax
 from optclip._tree.layout import whole_on_devices_of
 from optclip.clipping import NEEDS_STATE_MSG
 from optclip.state import ClipState, check_state
@@ -23,6 +24,7 @@ LOWEST = 2.0**-64
 BINS = BINS_PER_OCTAVE * OCTAVES + 2
 
 
+@_jax.exportable
 class NormHistogram(NamedTuple):
     """How often norms of each size were met; steps that are not finite and norms of 0 left out.
 

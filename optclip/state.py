@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _numerics, scopes
+from optclip import _jax, _numerics, scopes
 from optclip._tree.layout import shape_of_norms, whole_on_devices_of
 from optclip.thresholds.rules import Memory, Step
 
@@ -21,6 +21,7 @@ Norms = jax.Array | dict[str, jax.Array]
 """A vector with one norm for each leaf or group; or by label one norm, or one for each layer."""
 
 
+@_jax.exportable
 class Growth(NamedTuple):
     """What grew at the last spike; arrays shaped as the norms of which it is told.
 
@@ -35,6 +36,7 @@ class Growth(NamedTuple):
     at_spike: Norms
 
 
+@_jax.exportable
 class LeafDetail(NamedTuple):
     """Readings of single leaves, where `detail=True` asked for them.
 
@@ -49,6 +51,7 @@ class LeafDetail(NamedTuple):
     growth: Growth
 
 
+@_jax.exportable
 class GroupDetail(NamedTuple):
     """The same of groups that are not the leaves: by label, or of units in one vector.
 
@@ -73,6 +76,7 @@ def init_detail(kind: type[LeafDetail] | type[GroupDetail], zeros: Norms) -> Det
     return kind(norms, clipped_norms, Growth(usual_norm, usual, at_spike))
 
 
+@_jax.exportable
 class ClipState(NamedTuple):
     """What a clip remembers, and what it read at the last step. All but two are scalars.
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _numerics, _potential, limiters, norms, scopes
+from optclip import _jax, _numerics, _potential, limiters, norms, scopes
 from optclip._checks import check_choice, check_number, check_optimizer, check_sharded, number_at
 from optclip._paths import leaves_with_paths
 from optclip._tree import limit, measure
@@ -49,6 +49,7 @@ PATIENCE = 400.0
 square root of their number."""
 
 
+@_jax.exportable
 class Asked(NamedTuple):
     """What `safeguard` knows of its optimizer; but for `numbers` and `steps` one number a leaf.
 
@@ -69,6 +70,7 @@ class Asked(NamedTuple):
     steps: jax.Array
 
 
+@_jax.exportable
 class SafeguardState(NamedTuple):
     """What `safeguard` remembers.
 
@@ -188,6 +190,7 @@ def safeguard(
     def init(params: optax.Params) -> SafeguardState:
         whole = functools.partial(whole_on_devices_of, params)
         inner_state = held.init(params)
+        _check_no_secants(inner_state)
         frozen = _frozen(held, inner_state, params)
         layout = layout_at_init(_but(frozen, scopes.leaf), params, axis_name, sharded)
         paths = [member.path for member in layout.members]
@@ -308,6 +311,18 @@ def safeguard(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_no_secants(inner_state: Any) -> None:
+    """Refuses L-BFGS: from gradients and steps that were bounded it learns no curvature."""
+    kind = optax.ScaleByLBFGSState
+    nodes = jax.tree.leaves(inner_state, is_leaf=lambda node: isinstance(node, kind))
+    if any(isinstance(node, kind) for node in nodes):
+        raise ValueError(
+            "safeguard cannot hold optax.lbfgs: that learns the curvature from differences of "
+            "gradients and of parameters, which a clip changes. Take it alone; against gradients "
+            "that are not finite, optclip.skip_spikes(optax.lbfgs(), deviations=jnp.inf)"
+        )
 
 
 def _finite_or(old: jax.Array, new: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _numerics, norms, scopes
+from optclip import _jax, _numerics, norms, scopes
 from optclip._checks import check_choice, check_count, check_number, check_optimizer, check_sharded
 from optclip._tree import measure
 from optclip._tree.layout import layout_of, whole_on_devices_of
@@ -22,6 +22,7 @@ from optclip.state import check_state
 SkipNonfinite = Literal["skip", "propagate"]
 
 
+@_jax.exportable
 class Accepted(NamedTuple):
     """The last ordinary values of one quantity, and the spikes since.
 
@@ -36,6 +37,7 @@ class Accepted(NamedTuple):
     spikes: jax.Array
 
 
+@_jax.exportable
 class SkipState(NamedTuple):
     """What `skip_spikes` remembers.
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _numerics
+from optclip import _jax, _numerics
 from optclip import norms as norm_kinds
 from optclip._checks import at, check_choice, check_decay, check_number, number_at
 from optclip.thresholds.rules import Rule, Step
@@ -25,6 +25,7 @@ def check_learn_from(learn_from: LearnFrom) -> None:
     check_choice(learn_from, ("raw", "clipped"), "learn_from=")
 
 
+@_jax.exportable
 class Average(NamedTuple):
     """Memory of `moving_average`.
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optclip import _jax
 from optclip._checks import check_number, number_at
 from optclip.thresholds.rules import Memory, Rule, RuleLike, Step, as_rule
 
@@ -67,6 +68,7 @@ def switch(
     return _combined((before, after), pick)
 
 
+@_jax.exportable
 class Patience(NamedTuple):
     """Memory of `patient`.
 

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _numerics
+from optclip import _jax, _numerics
 from optclip._checks import at, check_choice, check_decay, check_number, number_at
 from optclip.thresholds.rules import Rule
 
 
+@_jax.exportable
 class Spread(NamedTuple):
     """Memory of `zscore`.
 
@@ -116,6 +117,7 @@ def zscore(
     return Rule(init, threshold, observe, has_memory=True)
 
 
+@_jax.exportable
 class Level(NamedTuple):
     """Memory of `robust`.
 

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optclip import _jax
 from optclip._checks import check_count, check_number, number_at
 from optclip._numerics import square_root
 from optclip.thresholds.averages import LearnFrom, check_learn_from, feed
 from optclip.thresholds.rules import Rule
 
 
+@_jax.exportable
 class Ring(NamedTuple):
     """The last norms of every group.
 

@@ -164,12 +164,20 @@ def test_what_the_update_reaches_is_learned():
 
 
 def test_a_line_search_is_refused_with_a_reason():
-    optimizer = optclip.safeguard(optax.lbfgs())
+    search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=5)
+    optimizer = optclip.safeguard(optax.chain(optax.sgd(0.1), search))
     state = optimizer.init(PARAMS)
     with pytest.raises(ValueError, match="value_fn= cannot be called there"):
         optimizer.update(
             PARAMS, state, PARAMS, value=1.0, grad=PARAMS, value_fn=lambda params: jnp.float32(1)
         )
+
+
+@pytest.mark.parametrize("inner", [optax.lbfgs(), optax.lbfgs(0.1, linesearch=None)])
+def test_what_learns_curvature_is_refused_with_the_way(inner):
+    for optimizer in (optclip.safeguard(inner), optclip.safeguard(optax.MultiSteps(inner, 2))):
+        with pytest.raises(ValueError, match=r"cannot hold optax.lbfgs.*skip_spikes\(optax.lbfgs"):
+            optimizer.init(PARAMS)
 
 
 def test_forms_tell_what_is_computed_alike_and_from_what():
