@@ -6,27 +6,34 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+import optclip
 from benchmarks.accelerators import reading
 from benchmarks.accelerators.targets import AXES, Target, mesh_of
 from benchmarks.speed import contenders, trees
 from benchmarks.speed.contenders import Contender
 from benchmarks.speed.trees import Tree, hint
+from optclip import scopes
 
 ADAMW = "optax.adamw"
 CLIPPED_ADAMW = "optax.clip_by_global_norm + adamw"
 WRAPPERS = ("safeguard", "skip_spikes")
 LIKE = {
     "adagc": "optax.clip_by_block_rms",
+    "clip_by, layers": "optax.clip_by_block_rms",
     "clip_by_leaf_norm": "optax.clip_by_block_rms",
     "safeguard": CLIPPED_ADAMW,
     "skip_spikes": CLIPPED_ADAMW,
 }
 """What a method without a counterpart is set beside; others: the global clip."""
 
-TREES = ("16-leaves", "1000-leaves")
+GIVEN = ", norm given"
+"""End of the names of those that get `grad_norm=`, and need not measure."""
+
+TREES = ("16-leaves", "1000-leaves", "stacked")
 SLICED = trees.transformer(100_000_000)
 SPLIT_BACK = ("attention_out", "narrowing", "embedding")
 """Ends of the names of matrices that are split (tensor, fsdp), and not the other way."""
@@ -66,7 +73,14 @@ def known() -> dict[str, Contender]:
         Contender(ADAMW, lambda optimizer: optimizer),
         Contender(CLIPPED_ADAMW, lambda optimizer: optax.chain(clip, optimizer)),
     ]
-    return {x.name: x for x in [*references, *adamw, *contenders.methods()]}
+    methods = {x.name: x for x in contenders.methods()}
+    given = [
+        methods[name]._replace(name=name + GIVEN, counterpart=contenders.SGD)
+        for name in ("clip_by_global_norm", "robust_clip")
+    ]
+    by_layer = optclip.clip_by(0.1, scope=scopes.layer(lambda path: path.startswith("stacked_")))
+    layers = Contender("clip_by, layers", lambda optimizer: optax.chain(by_layer, optimizer))
+    return {x.name: x for x in [*references, *adamw, *methods.values(), *given, layers]}
 
 
 def counterpart(contender: Contender) -> str:
@@ -117,13 +131,18 @@ def measure(case: Case) -> dict[str, Any]:
     by_shape = {x.shape: specs[name] for name, x in params.items()}
     of_state = jax.tree.map(lambda x: by_shape.get(x.shape, PartitionSpec()), state)
 
-    def step(params: Any, state: Any, gradient: Any) -> Any:
-        updates, state = optimizer.update(gradient, state, params)
+    with_norm = optax.with_extra_args_support(optimizer)
+
+    def step(params: Any, state: Any, gradient: Any, **known: Any) -> Any:
+        updates, state = with_norm.update(gradient, state, params, **known)
         return optax.apply_updates(params, updates), state
 
+    whole = NamedSharding(mesh, PartitionSpec())
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+    known = {"grad_norm": number} if case.contender.name.endswith(GIVEN) else {}
     began = time.perf_counter()
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
-        placed(params, specs), placed(state, of_state), placed(params, specs)
+        placed(params, specs), placed(state, of_state), placed(params, specs), **known
     )
     compiled = lowered.compile()
     seconds = time.perf_counter() - began

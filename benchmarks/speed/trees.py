@@ -73,6 +73,20 @@ def transformer(parameters: int, name: str = "transformer") -> Tree:
     return nearest._replace(title=f"a transformer-shaped tree of {_count(nearest.entries)}")
 
 
+def _stacks(layers: int, width: int) -> Tree:
+    """A transformer whose layers are stacked along axis 0, as for a scan, and an embedding."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedding": (32 * width, width),
+        "stacked_attention_in": (layers, width, 3 * width),
+        "stacked_attention_out": (layers, width, width),
+        "stacked_bias": (layers, 4 * width),
+        "stacked_narrowing": (layers, 4 * width, width),
+        "stacked_scale": (layers, width),
+        "stacked_widening": (layers, width, 4 * width),
+    }
+    return Tree("stacked", f"6 stacks of {layers} layers and an embedding", shapes)
+
+
 TREES = (
     _matrices("16-leaves", "16 leaves of 2M", 16, (2048, 1024)),
     _layers("200-leaves", "200 leaves", 200, (256, 512)),
@@ -88,6 +102,8 @@ QUICK_TREES = (
 )
 """For a first look, and for tests."""
 
+STACKED = _stacks(12, 512)
+
 GPU_PARAMETERS = 1_000_000_000
 
 
@@ -97,7 +113,7 @@ def named(name: str) -> Tree:
     Raises:
         ValueError: If there is none of this name.
     """
-    known = {tree.name: tree for tree in TREES + QUICK_TREES}
+    known = {tree.name: tree for tree in (*TREES, *QUICK_TREES, STACKED)}
     if name not in known:
         raise ValueError(f"there is no tree {name!r}; {hint(name, known)}")
     return known[name]
