@@ -11,6 +11,7 @@ A scope says which axes of a leaf one group spans and which leaves share a group
 `optclip._tree.measure` looks at a tree with a scope, and walks it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -137,8 +138,13 @@ def layer(stacked: Callable[[str], bool]) -> Scope:
         return tuple(range(1, len(shape)))
 
     def labels(updates: optax.Updates) -> list[Label]:
-        paths = (path for path, _ in leaves_with_paths(updates))
-        return ["layers" if stacked(path) else path for path in paths]
+        found: list[Label] = []
+        alike: Counter[str] = Counter()
+        for path, _ in leaves_with_paths(updates):
+            alike[path] += 1  # Of two leaves whose paths read alike each is a group.
+            own = path if alike[path] == 1 else f"{path} ({alike[path]})"
+            found.append("layers" if stacked(path) else own)
+        return found
 
     return Scope("layer", axes, labels)
 

@@ -265,7 +265,8 @@ def check_state(state: Any, kind: type, *shapes: tuple[str, Any, Any]) -> None:
     """
     way = (
         "a state of another optimizer or clip, or one that came back from a checkpoint without its "
-        "types, does not fit: optclip.restore_state(optimizer, params, state) takes over what does"
+        "types, does not fit: start with init(params), or take over what does with "
+        "optclip.restore_state(optimizer, params, state)"
     )
     if not isinstance(state, kind):
         raise ValueError(f"expected a {kind.__name__} as state, got {type(state).__name__}; {way}")

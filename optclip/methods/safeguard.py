@@ -447,7 +447,7 @@ def _but(frozen: Frozen, scope: scopes.Scope) -> scopes.Scope:
 
     def labels(updates: optax.Updates) -> list[scopes.Label | None]:
         paths = [path for path, _ in leaves_with_paths(updates)]
-        own = scope.labels(updates) if scope.labels else paths
+        own = scope.labels(updates) if scope.labels else range(len(paths))
         return [None if path in frozen else x for path, x in zip(paths, own, strict=True)]
 
     return scope._replace(labels=labels) if frozen else scope

@@ -17,6 +17,7 @@ from helpers.running import (
     each_method_with_a_threshold,
     each_method_with_detail,
     each_method_without_memory,
+    in_one,
     readings,
     start,
 )
@@ -71,9 +72,10 @@ def test_4_of_a_zero_gradient_every_norm_is_0(method):
     updates, state = compiled(method, detail=True)(zero, begin.state, begin.params)
     assert_same(updates, zero)
     before, after = clip_state(begin.state), clip_state(state)
-    for norms in after.detail:
-        assert norms.shape == before.detail.norms.shape
-        assert not np.any(norms), "0 before clipping and after"
+    for norms in (after.detail.norms, after.detail.clipped_norms):
+        assert in_one(norms).shape == in_one(before.detail.norms).shape
+        assert not np.any(in_one(norms)), "0 before clipping and after"
+    assert_same(after.detail.growth, before.detail.growth)
     assert_same(after.memory, before.memory)
     assert readings(state)["clip_rate"] <= readings(begin.state)["clip_rate"]
 
@@ -273,4 +275,5 @@ def test_7_details_of_trees_without_entries(method):
     for tree in ({}, {"a": None, "i": jnp.arange(2), "z": jnp.zeros((0, 2))}):
         updates, state = transform.update(tree, transform.init(tree), tree)
         assert_same(updates, tree)
-        assert [x.size for x in clip_state(state).detail] == [0, 0]
+        detail = clip_state(state).detail
+        assert not in_one((detail.norms, detail.clipped_norms, detail.growth.at_spike)).size

@@ -171,6 +171,11 @@ def passes_over_leaves(function: Any, *args: Any) -> int:
     return sum(math.prod(map(int, filter(None, shapes[x].split(",")))) >= 300 for x in read)
 
 
+def in_one(norms: Any) -> np.ndarray:
+    """Norms in a state's detail as one vector; those of labels in the labels' order."""
+    return np.concatenate([np.atleast_1d(x) for x in jax.tree.leaves(norms)] or [np.zeros(0)])
+
+
 def slack(dtype: Any) -> float:
     """By how much an entry may be off that is too small for its type: flushed, or half a step."""
     limits = jnp.finfo(dtype)

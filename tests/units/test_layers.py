@@ -178,6 +178,16 @@ def test_a_layer_of_one_and_leaves_that_are_no_floats(strict):
     assert_right(state.detail.norms["layers"], [10.0])
 
 
+def test_leaves_whose_paths_read_alike_are_a_group_each(strict):
+    gradient = {"a": {"b/c": jnp.full(1, 3.0)}, "a/b": {"c": jnp.full(1, 4.0)}}
+    clip = optclip.clip_by(1.0, scope=LAYER, detail=True)
+    _, state = clip.update(gradient, clip.init(gradient))
+    assert {name: float(x) for name, x in state.detail.norms.items()} == {
+        "a/b/c": 3.0,
+        "a/b/c (2)": 4.0,
+    }
+
+
 def test_under_vmap(strict):
     clip = optclip.clip_by(5.0, scope=LAYER)
     both = jax.tree.map(lambda *x: jnp.stack(x), tree(0), tree(1))
