@@ -12,7 +12,7 @@ import optax
 from optclip import _numerics, limiters, norms, scopes, thresholds
 from optclip._checks import check_choice, check_norm, check_sharded, number_at
 from optclip._tree import limit, measure, pieces
-from optclip._tree.layout import Layout, layout_at_init, layout_of, leaves_of
+from optclip._tree.layout import Layout, layout_at_init, layout_of, leaves_of, shape_of_norms
 from optclip._tree.pieces import PerGroup
 from optclip.limiters import Limiter
 from optclip.norms import Magnitude, Norm
@@ -110,13 +110,14 @@ def clip_by(
     def init(params: optax.Params) -> ClipState:
         dtype = _numerics.tree_dtype(params)
 
-        def zeros(scope: Scope) -> Any:
-            layout = layout_at_init(scope, params, axis_name, sharded)
-            return layout, jnp.zeros(layout.shape, dtype)
-
-        memory = first_memory(rule, zeros(scope if rule.has_memory else scopes.tree)[1])
-        groups = init_detail(kind_of_detail, _by_name(*zeros(detail_scope))) if detail else ()
-        return init_state(params, memory, groups)
+        remembered = scope if rule.has_memory else scopes.tree
+        like = jnp.zeros(shape_of_norms(remembered, params, axis_name, sharded), dtype)
+        groups = ()
+        if detail:
+            layout = layout_at_init(detail_scope, params, axis_name, sharded)
+            zeros = _by_name(layout, jnp.zeros(layout.shape, dtype))
+            groups = init_detail(kind_of_detail, zeros)
+        return init_state(params, first_memory(rule, like), groups)
 
     def measured(
         layout: Layout, params: Any, *trees: Any

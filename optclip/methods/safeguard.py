@@ -185,7 +185,7 @@ def safeguard(
     check_choice(nonfinite, ("skip", "propagate"), "nonfinite=")
     check_number(ratio, "ratio=", hint="pass jnp.inf to switch the bound off")
     check_sharded(axis_name, sharded)
-    clip: Any = robust_clip(deviations=deviations)
+    clip: Any = robust_clip(deviations=deviations, axis_name=())  # It gets one number.
 
     def init(params: optax.Params) -> SafeguardState:
         whole = functools.partial(whole_on_devices_of, params)
