@@ -93,8 +93,10 @@ def check_norm(grad_norm: Any) -> None:
     """Refuses what is not one number, and a negative one that is concrete; not what overflowed."""
     hint = "pass the norm of the whole gradient, or leave grad_norm= out"
     if _jax.is_traced(grad_norm):
-        if jnp.shape(grad_norm) or not jnp.issubdtype(grad_norm.dtype, jnp.floating):
-            raise ValueError(f"grad_norm= must be one real number, got {grad_norm}; {hint}")
+        real = jnp.issubdtype(grad_norm.dtype, jnp.floating)
+        if jnp.shape(grad_norm) or not (real or jnp.issubdtype(grad_norm.dtype, jnp.integer)):
+            kind = f"{grad_norm.dtype} of shape {jnp.shape(grad_norm)}"
+            raise ValueError(f"grad_norm= must be one real number, got {kind}; {hint}")
         return
     array = None if isinstance(grad_norm, str | bool) else _as_array(grad_norm)
     if array is None or array.ndim or not np.isnan(array):

@@ -78,7 +78,8 @@ def clip_by(
         norms are float32 or better. One pass over the updates to measure them and one to multiply
         them; the second is fused into what follows. Where there is one norm, `update` takes it as
         `grad_norm=`, and measures nothing: that of the whole gradient, known to a trainer or to all
-        stages of a pipeline. It must be the norm of what this clip gets.
+        stages of a pipeline. It must be the norm of what this clip gets, which nobody checks; of a
+        NaN in the gradient only that number tells.
 
     Raises:
         ValueError: If an argument is concrete and makes no sense.

@@ -62,8 +62,9 @@ def metrics(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
         first; see `grew_most`. The readings of stacked states (of a vmapped ensemble, a scan's
         history, replicated for pmap) are stacked alike.
 
-        `nonfinite_steps` counts what a wrapper saw and kept from the clip too: `skip_spikes`,
-        `safeguard` and `optax.apply_if_finite` leave its state as it was in such a step.
+        `nonfinite_steps` counts what a wrapper saw and kept from the clip inside it too:
+        `skip_spikes`, `safeguard` and `optax.apply_if_finite` leave the state of what they hold as
+        it was in such a step.
 
     Raises:
         ValueError: If it is a tree of arrays without any state in it.
@@ -112,8 +113,8 @@ def _check_state(opt_state: Any) -> None:
 def grew_most(opt_state: Any, params: Any = None, k: int = 5) -> dict[str, float]:
     """The leaves that grew most at the last spike, with how many times their usual norm they were.
 
-    A spike is a step whose whole norm was more than 3 times its average over about 128 steps. For a
-    clip with `detail=True`, outside of jit.
+    A spike is a step whose whole norm was more than 3 times its average over about 128 steps, which
+    the first steps only begin to know. For a clip with `detail=True`, outside of jit.
 
     Args:
         opt_state: As in `metrics`; of an ensemble or of replicas that of one member.

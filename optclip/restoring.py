@@ -73,7 +73,8 @@ def restore_state(
         A `Restored`: its `state`, and which parts are `kept`, `fresh` and `unused`.
 
     Raises:
-        ValueError: If `restored` is no tree of arrays, or `optimizer` no transformation.
+        ValueError: If `restored` is no tree of arrays or nothing in it fits, or if `optimizer` is
+            no transformation.
 
     Example:
         >>> import jax.numpy as jnp, optax, optclip
@@ -88,8 +89,11 @@ def restore_state(
         >>> opt_state = found.state
     """
     if not callable(getattr(optimizer, "init", None)):
-        raise ValueError(f"restore_state needs an Optax optimizer, got {optimizer!r}")
-    if isinstance(restored, str | bytes) or hasattr(restored, "__fspath__"):
+        raise ValueError(
+            f"restore_state needs an Optax optimizer first, got {type(optimizer).__name__}; of a "
+            "linen TrainState pass state.tx"
+        )
+    if restored is None or isinstance(restored, str | bytes) or hasattr(restored, "__fspath__"):
         raise ValueError(
             "restore_state needs the restored state itself, a tree of arrays, got "
             f"{type(restored).__name__}; read it first, with Orbax's "
@@ -97,7 +101,7 @@ def restore_state(
         )
     fresh = optimizer.init(params)
     source = _source(restored)
-    of_params = jax.tree.structure(params)
+    of_params = frozenset(path for path, _ in _leaves(params))
     parts = list(_parts(fresh, (), of_params))
     places = _places(parts, source)
     leaves = [path for path, _ in _leaves(fresh)]
@@ -108,7 +112,7 @@ def restore_state(
         place = places.get(part.path)
         here = _said(part.path, part.name)
         if place is None:
-            anew += [here] if part.required or part.optional else []
+            anew.append(f"{here}{source.why_not(part)}")
             continue
         taken = dict.fromkeys(part.required)
         for name, group in part.optional.items():
@@ -121,6 +125,12 @@ def restore_state(
         found |= {part.path + path: place + path for path in taken}
         kept.append(
             here if place == part.path else f"{here} (from {_said(place, '') or 'the top'})"
+        )
+    if parts and source.leaves and not kept:
+        raise ValueError(
+            "nothing of what was restored fits this optimizer with these parameters: "
+            f"{'; '.join(anew[:3])}. Pass the optimizer's part of the checkpoint, and the "
+            "parameters that it was made for; to start anew there is optimizer.init(params)"
         )
     values = _values(fresh, leaves, {path: source.leaves[own] for path, own in found.items()})
     unused = [path for path in source.leaves if path not in set(found.values())]
@@ -165,6 +175,17 @@ class _Source(NamedTuple):
         x = self.leaves.get(path)
         return x is not None and np.shape(x) == np.shape(like) and _kind(x) == _kind(like)
 
+    def why_not(self, part: _Part) -> str:
+        """What is missing where a part was, if there is anything."""
+        if not part.fields or not self.children.get(part.path, {""}) <= part.fields:
+            return ""
+        for path, like in part.required.items():
+            if not self.fits(part.path + path, like):
+                x = self.leaves.get(part.path + path)
+                has = "not there" if x is None else f"{_kind(x)} {np.shape(x)}"
+                return f" ({_said(path, '')} is {has})"
+        return ""
+
     def holds(self, place: Path, part: _Part) -> bool:
         """Whether the state of that transformation is there, all of it and nothing else."""
         names = self.children.get(place, set())
@@ -208,7 +229,8 @@ def _leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def _named_nodes(node: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:
-    if hasattr(node, "_fields"):
+    """The NamedTuples that hold anything, as `optax.MaskedNode` does not."""
+    if getattr(node, "_fields", ()):
         yield path, type(node).__name__
     for name, child in _children(node) or []:
         yield from _named_nodes(child, (*path, name))
@@ -239,19 +261,18 @@ _OURS: Mapping[type, str] = {ClipState: "", SkipState: "inner_state", SafeguardS
 """Our states, with the field in which each holds another's."""
 
 
-def _parts(node: Any, path: Path, of_params: Any) -> Iterator[_Part]:
+def _parts(node: Any, path: Path, of_params: frozenset[Path]) -> Iterator[_Part]:
     """The transformations' states in a state, in order."""
     children = _children(node) or []
     if not hasattr(node, "_fields"):
-        if path == () and _children(node) is None and node is not None:
-            children = [("", node)]
-        own = {(*path, name): child for name, child in children if _children(child) is None}
-        for name, child in children:
-            yield from _parts(child, (*path, name), of_params)
-        # Arrays in no NamedTuple: each by itself.
-        for place, x in own.items():
-            if x is not None:
-                yield _Part(place, "array", frozenset(), {(): array_in(x)}, {})
+        has_arrays = any(_children(child) is None for _, child in children)
+        plain = isinstance(node, tuple | list) and not has_arrays
+        if plain or any(True for _ in _named_nodes(node)):
+            for name, child in children:
+                yield from _parts(child, (*path, name), of_params)
+        elif leaves := dict(_leaves(node)):  # The state of one transformation, in no NamedTuple.
+            fields = frozenset(name for name, _ in children)
+            yield _Part(path, type(node).__name__, fields, leaves, {})
         return
     required: dict[Path, Any] = {}
     optional: dict[str, dict[Path, Any]] = {}
@@ -266,7 +287,7 @@ def _parts(node: Any, path: Path, of_params: Any) -> Iterator[_Part]:
                 required[(name, *rest)] = x
             else:
                 optional.setdefault(group, {})[(name, *rest)] = x
-    if required or optional:
+    if required:
         name = type(node).__name__
         fields = frozenset(node._fields)
         yield _Part(path, name, fields, required, optional)
@@ -274,12 +295,13 @@ def _parts(node: Any, path: Path, of_params: Any) -> Iterator[_Part]:
         yield from _parts(child, place, of_params)
 
 
-def _holds_states(node: Any, name: str, child: Any, of_params: Any) -> bool:
+def _holds_states(node: Any, name: str, child: Any, of_params: frozenset[Path]) -> bool:
     """Whether a field of a state holds the states of other transformations."""
     if type(node) in _OURS:
         return _OURS[type(node)] == name
-    named = any(True for _ in _named_nodes(child))
-    return named and jax.tree.structure(child) != of_params
+    # Parameters, or some of them, may be NamedTuples too.
+    like_params = all(path in of_params for path, _ in _leaves(child))
+    return not like_params and any(True for _ in _named_nodes(child))
 
 
 def _group(kind: type, path: Path) -> str | None:

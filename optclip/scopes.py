@@ -105,8 +105,8 @@ def layer(stacked: Callable[[str], bool]) -> Scope:
         A `Scope`.
 
     Raises:
-        ValueError: If `stacked` is no function; when it meets a tree, if stacked leaves are not
-            equally long, or one is a scalar.
+        ValueError: If `stacked` is no function; when it meets a tree, if no leaf is stacked, or
+            stacked leaves are not equally long, or one is a scalar.
 
     Example:
         >>> import jax.numpy as jnp, optclip
@@ -144,6 +144,11 @@ def layer(stacked: Callable[[str], bool]) -> Scope:
             alike[path] += 1  # Of two leaves whose paths read alike each is a group.
             own = path if alike[path] == 1 else f"{path} ({alike[path]})"
             found.append("layers" if stacked(path) else own)
+        if found and "layers" not in found:
+            raise ValueError(
+                "scopes.layer(stacked) names no leaf as stacked: it is False for all of "
+                f"{', '.join(map(repr, found[:4]))}{', ...' if len(found) > 4 else ''}"
+            )
         return found
 
     return Scope("layer", axes, labels)

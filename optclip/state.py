@@ -1,5 +1,6 @@
 """`ClipState`: what a clip remembers and what it read, and how a step moves it on."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,11 +27,13 @@ class Growth(NamedTuple):
     """What grew at the last spike; arrays shaped as the norms of which it is told.
 
     Attributes:
-        usual_norm: Average of the whole norm, over about 128 steps; of a spike `SPIKE` times it.
+        seen: Steps that these averages are of; int32. Not those that are not finite or 0.
+        usual_norm: Average of the whole norm over about 128 steps; a spike counts as `SPIKE` of it.
         usual_norms: The same of every leaf or group.
         at_spike: How many times its usual norm each was at the last spike; 0 before the first.
     """
 
+    seen: jax.Array
     usual_norm: jax.Array
     usual_norms: Norms
     at_spike: Norms
@@ -73,7 +76,8 @@ def init_detail(kind: type[LeafDetail] | type[GroupDetail], zeros: Norms) -> Det
     """The readings before the first step."""
     norms, clipped_norms, usual, at_spike = (jax.tree.map(jnp.copy, zeros) for _ in range(4))
     usual_norm = jnp.zeros([], jnp.result_type(*jax.tree.leaves(zeros)))
-    return kind(norms, clipped_norms, Growth(usual_norm, usual, at_spike))
+    seen = jnp.zeros([], jnp.int32)
+    return kind(norms, clipped_norms, Growth(seen, usual_norm, usual, at_spike))
 
 
 @_jax.exportable
@@ -222,14 +226,18 @@ def _detail_after(
     if norms is None or (isinstance(detail, tuple) and not detail):
         return ()
     before, after = (jax.tree.map(_as_kept, detail.norms, x) for x in norms)
-    usual_norm, usual_norms, at_spike = detail.growth
+    seen, usual_norm, usual_norms, at_spike = detail.growth
     norm = _as_kept(usual_norm, outcome.norm)
     spike = outcome.finite & (usual_norm > 0) & (norm / SPIKE > usual_norm)
+    teaches = outcome.finite & (norm > 0)
+    seen = jnp.where(teaches, _next(seen), seen)
+    # A plain mean at first: a run's first norms are seldom usual.
+    weight = jnp.maximum(1 / jnp.maximum(seen, 1).astype(norm.dtype), 1 / RECENT_STEPS)
+    averaged = functools.partial(_averaged, weight=weight, teaches=teaches)
     growth = Growth(
-        usual_norm=_averaged(usual_norm, norm, outcome.finite),
-        usual_norms=jax.tree.map(
-            lambda old, x: _averaged(old, x, outcome.finite), usual_norms, before
-        ),
+        seen=seen,
+        usual_norm=averaged(usual_norm, norm),
+        usual_norms=jax.tree.map(averaged, usual_norms, before),
         at_spike=jax.tree.map(
             lambda old, x, usual: jnp.where(spike, _ratio(x, usual), old),
             at_spike,
@@ -240,11 +248,11 @@ def _detail_after(
     return detail._replace(norms=before, clipped_norms=after, growth=growth)
 
 
-def _averaged(old: jax.Array, norm: jax.Array, finite: jax.Array) -> jax.Array:
+def _averaged(old: jax.Array, norm: jax.Array, weight: jax.Array, teaches: jax.Array) -> jax.Array:
     """The usual norm after a step. The first one is taken as it is, and zeros say nothing."""
     held = jnp.where(norm / SPIKE > old, SPIKE * old, norm)
-    new = jnp.where(old > 0, old + (held - old) / RECENT_STEPS, norm)
-    return jnp.where(finite & (norm > 0), new, old)
+    new = jnp.where(old > 0, old + (held - old) * weight, norm)
+    return jnp.where(teaches & (norm > 0), new, old)
 
 
 def _ratio(norm: jax.Array, usual: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 import functools
 import re
 import time
+from typing import NamedTuple
 
 import flax.serialization
 import flax.training.train_state
@@ -133,7 +134,7 @@ def test_a_state_of_before_a_reading_was_added():
     assert int(found.state[0].steps) == 6
     del state["0"]["memory"]["level"]
     found = optclip.restore_state(optimizer, PARAMS, state)
-    assert found.fresh == ("0 ClipState",)
+    assert found.fresh == ("0 ClipState (memory/level is not there)",)
 
 
 CLIP = optclip.clip_by_global_norm(1.0)
@@ -202,17 +203,17 @@ def test_what_does_not_fit_starts_anew_as_a_whole():
         params = PARAMS | change
         found = optclip.restore_state(with_adam(CLIP), params, trained(with_adam(CLIP)))
         assert_same(found.state[1], with_adam(CLIP).init(params)[1])
-        assert found.fresh == ("1/0 ScaleByAdamState",)
+        assert found.fresh[0].startswith("1/0 ScaleByAdamState (mu/")
     fewer = {name: PARAMS[name] for name in ("bias", "scale")}
-    found = optclip.restore_state(with_adam(CLIP), fewer, after_adam())
-    assert "1/0 ScaleByAdamState" in found.fresh
+    found = optclip.restore_state(with_adam(CLIP), fewer, trained(with_adam(CLIP)))
+    assert found.kept == ("0 ClipState",)
 
 
 def test_of_another_optimizer_nothing_is_taken():
     state = trained(optax.chain(CLIP, optax.lion(1e-3)))
     found = optclip.restore_state(with_adam(CLIP), PARAMS, state)
     assert found.kept == ("0 ClipState",)
-    assert found.fresh == ("1/0 ScaleByAdamState",)
+    assert found.fresh == ("1/0 ScaleByAdamState (nu/attention/kernel is not there)",)
     assert found.unused == ("1 (5 arrays)",)
 
 
@@ -226,11 +227,11 @@ def test_safeguard_forgets_what_it_knew_of_another_optimizer():
 
 def test_none_is_taken_for_another():
     """Two that are alike where one is wanted: which of them?"""
-    three = optax.chain(optax.trace(0.9), optax.identity(), optax.trace(0.5))
+    three = optax.chain(CLIP, optax.trace(0.9), optax.identity(), optax.trace(0.5))
     state = trained(three)
-    found = optclip.restore_state(optax.chain(optax.identity(), optax.trace(0.5)), PARAMS, state)
-    assert found.fresh == ("1 TraceState",)
-    both = optax.chain(CLIP, three)
+    one = optax.chain(CLIP, optax.identity(), optax.trace(0.5))
+    assert optclip.restore_state(one, PARAMS, state).fresh == ("2 TraceState",)
+    both = optax.chain(optax.identity(), three)
     assert_same(optclip.restore_state(both, PARAMS, state).state[1], state)
 
 
@@ -327,7 +328,7 @@ def test_its_report():
 def test_what_is_no_state_is_refused(wrong):
     with pytest.raises(ValueError, match=r"restore_state needs .*(got|is none)"):
         optclip.restore_state(with_adam(CLIP), PARAMS, wrong)
-    with pytest.raises(ValueError, match="needs an Optax optimizer, got"):
+    with pytest.raises(ValueError, match="needs an Optax optimizer first, got"):
         optclip.restore_state(optax.adam, PARAMS, {})
 
 
@@ -350,3 +351,96 @@ def test_thousands_of_leaves_take_a_moment():
         "inner_state/0 ClipState (from 0)",
         "inner_state/1/0 ScaleByAdamState (from 1/0)",
     )
+
+
+def parts_of(kind):
+    """An optimizer that gives parts of the parameters an Adam each, or a frozen part none."""
+    makes = {
+        "partition": lambda: optax.partition(
+            {"x": optax.adam(1e-3), "y": optax.adam(1e-2)},
+            {"attention": "x", "bias": "y", "scale": "x"},
+        ),
+        "frozen": lambda: optax.partition(
+            {"x": optax.adam(1e-3), "y": optax.set_to_zero()},
+            {"attention": "x", "bias": "y", "scale": "x"},
+        ),
+        "masked": lambda: optax.masked(
+            optax.adam(1e-3), {"attention": True, "bias": False, "scale": True}
+        ),
+    }
+    return makes[kind]()
+
+
+@pytest.mark.parametrize("kind", ["partition", "frozen", "masked"])
+@each_way
+def test_averages_of_a_part_of_the_parameters_move_with_their_count(kind, way, tmp_path):
+    old = parts_of(kind)
+    restored = way(trained(old), tmp_path)
+    for new in (
+        parts_of(kind),
+        optax.chain(optclip.robust_clip(), parts_of(kind)),
+        optclip.safeguard(parts_of(kind)),
+    ):
+        found = optclip.restore_state(new, PARAMS, restored)
+        assert_same(adams_in(found.state), adams_in(trained(old)))
+        assert not found.unused
+
+
+def adams_in(state):
+    kind = optax.ScaleByAdamState
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in nodes if isinstance(node, kind)]
+
+
+class Layer(NamedTuple):
+    kernel: jax.Array
+    bias: jax.Array
+
+
+def test_parameters_may_be_named_tuples():
+    params = {"first": Layer(jnp.ones(2), jnp.ones(1)), "second": Layer(jnp.ones(3), jnp.ones(1))}
+    old, new = with_adam(optax.clip_by_global_norm(1.0)), with_adam(optclip.robust_clip())
+    state = old.init(params)
+    _, state = old.update(params, state, params)
+    found = optclip.restore_state(new, params, state)
+    assert found.kept == ("1/0 ScaleByAdamState",)
+    assert_same(found.state[1], state[1])
+
+
+def counting(decay):
+    """A transformation whose state is a plain dict."""
+
+    def update(updates, state, params=None):
+        del params
+        mean = jax.tree.map(lambda m, u: decay * m + u, state["mean"], updates)
+        return mean, {"count": state["count"] + 1, "mean": mean}
+
+    def init(params):
+        return {"count": jnp.zeros([], jnp.int32), "mean": jax.tree.map(jnp.zeros_like, params)}
+
+    return optax.GradientTransformation(init, update)
+
+
+@each_way
+def test_states_that_are_no_named_tuples_are_taken_as_a_whole_too(way, tmp_path):
+    old = optax.chain(optclip.clip_by_global_norm(1.0), counting(0.9))
+    new = optax.chain(optclip.robust_clip(), counting(0.9))
+    state = way(trained(old), tmp_path)
+    assert_same(optclip.restore_state(new, PARAMS, state).state[1], trained(old)[1])
+    more = PARAMS | {"more": jnp.ones(2)}
+    again = optax.chain(optclip.clip_by_global_norm(1.0), counting(0.9))
+    found = optclip.restore_state(again, more, state)
+    assert found.fresh == ("1 dict (mean/more is not there)",)
+    assert int(found.state[1]["count"]) == 0
+
+
+def test_why_a_part_starts_anew():
+    params = PARAMS | {"bias": jnp.ones(5)}
+    found = optclip.restore_state(with_adam(CLIP), params, trained(with_adam(CLIP)))
+    assert found.fresh == ("1/0 ScaleByAdamState (mu/bias is floating (4,))",)
+
+
+@pytest.mark.parametrize("wrong", [None, {"w": jnp.ones(3)}, PARAMS])
+def test_where_nothing_fits_it_is_said(wrong):
+    with pytest.raises(ValueError, match=r"needs the restored state|nothing of what was restored"):
+        optclip.restore_state(with_adam(CLIP), PARAMS, wrong)
