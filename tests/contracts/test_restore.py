@@ -57,16 +57,21 @@ def with_adam(clip):
 
 
 def trained(optimizer, steps=6, params=PARAMS):
-    state = optimizer.init(params)
+    state, update = optimizer.init(params), quick_jit(optimizer.update)
     for seed in range(steps):
-        _, state = optimizer.update(gradient(seed=seed), state, params)
+        _, state = update(gradient(seed=seed), state, params)
     return state
 
 
 @functools.cache
-def after_adam(clip=None):
+def after_adam():
     """The state of Adam after some steps, behind Optax's clip."""
     return trained(with_adam(optax.clip_by_global_norm(1.0)))
+
+
+@functools.cache
+def after_zclip():
+    return trained(with_adam(optclip.zclip()))
 
 
 @each_method
@@ -94,8 +99,7 @@ def test_after_the_clip_of_optax_the_optimizer_goes_on(method):
 @each_method
 @each_way
 def test_another_clip_keeps_what_means_the_same(method, way, tmp_path):
-    old = with_adam(optclip.zclip())
-    state = trained(old)
+    state = after_zclip()
     found = optclip.restore_state(with_adam(method.build()), PARAMS, way(state, tmp_path))
     assert_same(found.state[1], state[1])
     new = found.state[0]
@@ -163,12 +167,16 @@ NESTS = {
 }
 
 
+@functools.cache
+def trained_nest(name):
+    return trained(NESTS[name]())
+
+
 @pytest.mark.parametrize("after", NESTS)
 @pytest.mark.parametrize("before", NESTS)
 def test_wrappers_may_come_and_go(before, after):
     """Adam's averages and the schedule's count are found wherever they are."""
-    old, new = NESTS[before](), NESTS[after]()
-    state = trained(old)
+    new, state = NESTS[after](), trained_nest(before)
     found = optclip.restore_state(new, PARAMS, state)
     assert jax.tree.structure(found.state) == jax.tree.structure(new.init(PARAMS))
     kinds = (optax.ScaleByAdamState, optax.ScaleByScheduleState)
