@@ -130,7 +130,7 @@ def clip_by(
         found: list[PerGroup[Magnitude]] = []
         pooling = details or (weighing and bool(layout.axis_names))  # Devices talk once.
         if not pooling:
-            gathered = detail or not _works_in_parts(rule, norm, layout)
+            gathered = detail or weighing or not _works_in_parts(rule, norm, layout)
             found = measure.measure_together(layout, norm, *trees, gathered=gathered)
         if not details and not weighing:
             return found, None, None

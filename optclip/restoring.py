@@ -116,7 +116,8 @@ def restore_state(
             continue
         taken = dict.fromkeys(part.required)
         for name, group in part.optional.items():
-            if name == "asked" and not _is_whole(part.path, parts, places):
+            known = name != "asked" or _is_known(part, place, parts, places, source)
+            if not known:
                 anew.append(_said((*part.path, name), "(what it knew of another optimizer)"))
             elif all(source.fits(place + path, x) for path, x in group.items()):
                 taken |= dict.fromkeys(group)
@@ -318,20 +319,30 @@ def _group(kind: type, path: Path) -> str | None:
 
 def _places(parts: list[_Part], source: _Source) -> dict[Path, Path]:
     """Where in the source each part is."""
-    places = {part.path: part.path for part in parts if _fits_here(part, source)}
-    # What has moved: all that are alike must be as many, so that none is taken for another.
-    left: dict[Any, list[_Part]] = {}
+    kinds: dict[Any, list[_Part]] = {}
     for part in parts:
-        if part.path not in places and part.required and part.fields:
-            key = (part.name, tuple((path, np.shape(x)) for path, x in part.required.items()))
-            left.setdefault(key, []).append(part)
-    for some in left.values():
+        key = (part.name, tuple((path, np.shape(x)) for path, x in part.required.items()))
+        kinds.setdefault(key, []).append(part)
+    places: dict[Path, Path] = {}
+    for alike in kinds.values():
+        there = []
+        if alike[0].fields:
+            there = [place for place in source.children if source.holds(place, alike[0])]
+        if len(there) == len(alike):  # In order, so that neighbors that move are not swapped.
+            places |= {part.path: place for part, place in zip(alike, there, strict=True)}
+        else:
+            places |= {part.path: part.path for part in alike if _fits_here(part, source)}
+    # Of those that are not as many, what is left after that: none may be taken for another.
+    for alike in kinds.values():
         taken = set(places.values())
+        some = [part for part in alike if part.path not in places and part.fields]
         there = [
             place
-            for place in source.children
+            for place in (source.children if some else ())
             if place not in taken and source.holds(place, some[0])
         ]
+        if len(there) == len(some) < len(alike):
+            continue  # Which of them moved?
         if len(there) == len(some):
             places |= {part.path: place for part, place in zip(some, there, strict=True)}
     return places
@@ -341,6 +352,19 @@ def _fits_here(part: _Part, source: _Source) -> bool:
     if not part.fields:
         return source.fits(part.path, part.required[()])
     return source.holds(part.path, part)
+
+
+def _is_known(
+    part: _Part, place: Path, parts: list[_Part], places: dict[Path, Path], source: _Source
+) -> bool:
+    """Whether what a safeguard knew is of this optimizer: of its state, and of its nature."""
+    if not _is_whole(part.path, parts, places):
+        return False
+    nature = [(path, x) for path, x in part.optional["asked"].items() if "nature" in path]
+    return all(
+        source.fits(place + path, x) and np.allclose(source.leaves[place + path], x, rtol=0.25)
+        for path, x in nature
+    )
 
 
 def _is_whole(path: Path, parts: list[_Part], places: dict[Path, Path]) -> bool:

@@ -438,8 +438,9 @@ def _nature(small: Callable[..., _potential.Small], leaves: int, dtype: Any) -> 
             return small(extra_args=extra_args).nature()
         except TypeError:
             pass
-    one, none = jnp.ones([leaves], dtype), jnp.zeros([leaves], dtype)
-    return _potential.Nature(grows=none, gain=one, fading=none, reach=one)
+    # An array of its own for each: a state with one buffer twice cannot be donated.
+    none, one = (functools.partial(make, [leaves], dtype) for make in (jnp.zeros, jnp.ones))
+    return _potential.Nature(grows=none(), gain=one(), fading=none(), reach=one())
 
 
 def _but(frozen: Frozen, scope: scopes.Scope) -> scopes.Scope:

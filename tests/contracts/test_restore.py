@@ -452,3 +452,24 @@ def test_why_a_part_starts_anew():
 def test_where_nothing_fits_it_is_said(wrong):
     with pytest.raises(ValueError, match=r"needs the restored state|nothing of what was restored"):
         optclip.restore_state(with_adam(CLIP), PARAMS, wrong)
+
+
+def test_neighbors_that_are_alike_are_not_swapped_when_they_move():
+    both = [optax.trace(0.9), optax.trace(0.5)]
+    state = trained(optax.chain(*both))
+    found = optclip.restore_state(optax.chain(optclip.robust_clip(), *both), PARAMS, state)
+    assert_same(found.state[1:], state)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (optax.adam(1e-3), optax.sgd(0.1)),
+        (optax.sgd(0.1, momentum=0.9), optax.sgd(0.1, momentum=0.99)),
+    ],
+)
+def test_safeguard_keeps_nothing_of_an_optimizer_of_another_nature(before, after):
+    new = optclip.safeguard(after)
+    found = optclip.restore_state(new, PARAMS, trained(optclip.safeguard(before)))
+    assert_same(found.state.asked, new.init(PARAMS).asked)
+    assert any("what it knew of another optimizer" in part for part in found.fresh)

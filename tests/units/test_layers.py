@@ -132,6 +132,17 @@ def test_what_cannot_move_counts_on_neither_side(strict):
         assert_right(state.detail.clipped_norms["layers"][place], right)
 
 
+@pytest.mark.parametrize("norm", [norms.l2, norms.linf, norms.rms])
+def test_a_bound_by_the_parameters_needs_no_details(norm, strict):
+    rule = thresholds.relative_to_params(0.01, 1e-3)
+    with_details, without = (
+        optclip.clip_by(rule, scope=LAYER, norm=norm, detail=detail) for detail in (True, False)
+    )
+    right, _ = with_details.update(tree(1), with_details.init(tree()), tree(2))
+    found, _ = without.update(tree(1), without.init(tree()), tree(2))
+    assert_close(found, right)
+
+
 SPECS = {
     "embed": P("a"),
     "head": P(),
