@@ -35,7 +35,7 @@ def check_number(
     """
     if _jax.is_traced(value) or (schedule and callable(value)):
         return
-    array = None if isinstance(value, str | bool) else _as_array(value)
+    array = _as_array(value)
     if array is None or array.ndim or not np.issubdtype(array.dtype, np.number):
         kind = "one number or an Optax schedule" if schedule else "one number"
         raise ValueError(f"{name} must be {kind}, got {value!r}; {hint}")
@@ -44,6 +44,8 @@ def check_number(
 
 
 def _as_array(value: Any) -> np.ndarray | None:
+    if isinstance(value, str | bool):
+        return None
     try:
         array = np.asarray(float(value) if isinstance(value, int) else value)
     except (TypeError, ValueError):
@@ -98,7 +100,7 @@ def check_norm(grad_norm: Any) -> None:
             kind = f"{grad_norm.dtype} of shape {jnp.shape(grad_norm)}"
             raise ValueError(f"grad_norm= must be one real number, got {kind}; {hint}")
         return
-    array = None if isinstance(grad_norm, str | bool) else _as_array(grad_norm)
+    array = _as_array(grad_norm)
     if array is None or array.ndim or not np.isnan(array):
         check_number(grad_norm, "grad_norm=", hint=hint, schedule=False)
 

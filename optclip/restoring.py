@@ -2,8 +2,8 @@
 
 A state is a nest of NamedTuples, one for each transformation. Of these a checkpoint keeps the names
 of fields and the arrays, and not always the types. A transformation's state is taken over as a
-whole or not at all: a count without its averages would be worse than a fresh start. It is looked
-for in its old place first, and then, in order, anywhere.
+whole or not at all: a count without its averages would be worse than a fresh start. States that
+are alike are matched in order where there are as many in both, and else by their places.
 """
 
 from collections import Counter
@@ -134,7 +134,8 @@ def restore_state(
             "parameters that it was made for; to start anew there is optimizer.init(params)"
         )
     values = _values(fresh, leaves, {path: source.leaves[own] for path, own in found.items()})
-    unused = [path for path in source.leaves if path not in set(found.values())]
+    used = set(found.values())
+    unused = [path for path in source.leaves if path not in used]
     return Restored(values, tuple(kept), tuple(anew), tuple(_summarized(unused, source)))
 
 
@@ -332,19 +333,14 @@ def _places(parts: list[_Part], source: _Source) -> dict[Path, Path]:
             places |= {part.path: place for part, place in zip(alike, there, strict=True)}
         else:
             places |= {part.path: part.path for part in alike if _fits_here(part, source)}
-    # Of those that are not as many, what is left after that: none may be taken for another.
+    # Of a kind that has found no place, what others left. Where some have, which of them moved?
     for alike in kinds.values():
-        taken = set(places.values())
-        some = [part for part in alike if part.path not in places and part.fields]
-        there = [
-            place
-            for place in (source.children if some else ())
-            if place not in taken and source.holds(place, some[0])
-        ]
-        if len(there) == len(some) < len(alike):
-            continue  # Which of them moved?
-        if len(there) == len(some):
-            places |= {part.path: place for part, place in zip(some, there, strict=True)}
+        if not alike[0].fields or any(part.path in places for part in alike):
+            continue
+        free = set(source.children) - set(places.values())
+        there = [x for x in source.children if x in free and source.holds(x, alike[0])]
+        if len(there) == len(alike):
+            places |= {part.path: place for part, place in zip(alike, there, strict=True)}
     return places
 
 
@@ -416,5 +412,5 @@ def _summarized(paths: list[Path], source: _Source) -> Iterator[str]:
         for path in paths
     )
     for place in dict.fromkeys(highest):
-        many = "" if place in source.leaves else f"({source.sizes[place]} arrays)"
-        yield _said(place or ("all",), many.replace("(1 arrays)", ""))
+        many = "" if source.sizes[place] == 1 else f"({source.sizes[place]} arrays)"
+        yield _said(place or ("all",), many)

@@ -223,7 +223,7 @@ def _as_kept(old: jax.Array, x: jax.Array) -> jax.Array:
 def _detail_after(
     detail: Detail | tuple[()], outcome: Outcome, norms: tuple[Norms, Norms] | None
 ) -> Detail | tuple[()]:
-    if norms is None or (isinstance(detail, tuple) and not detail):
+    if norms is None or not detail:
         return ()
     before, after = (jax.tree.map(_as_kept, detail.norms, x) for x in norms)
     seen, usual_norm, usual_norms, at_spike = detail.growth

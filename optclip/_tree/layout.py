@@ -52,6 +52,13 @@ class GroupedLeaf(NamedTuple):
         return math.prod(self.kept)
 
     @property
+    def of_piece(self) -> tuple[int, ...]:
+        """Shape of its piece; see `pieces.Pieces`."""
+        if self.shared:
+            return (self.groups,)
+        return self.kept if self.groups > 1 else ()
+
+    @property
     def role(self) -> str:
         """The path without its numbers: the same for the leaves of repeated layers."""
         return re.sub(r"\d+", "#", self.path)

@@ -117,7 +117,7 @@ def _cut(layout: Layout, vector: jax.Array) -> Pieces:
     return {
         member.start: jnp.reshape(
             replicated(vector[member.start : member.start + member.groups]),
-            member.kept if member.groups > 1 and not member.shared else (-1,) * member.shared,
+            member.of_piece,
         )
         for member in layout.members
     }

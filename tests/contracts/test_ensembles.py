@@ -6,13 +6,12 @@ differ too is in `test_state.py`. Around every method is an optimizer with a mem
 
 from typing import Any, NamedTuple
 
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import optax
-import orbax.checkpoint
 import pytest
 from flax.jax_utils import replicate
+from helpers.checkpoints import with_flax, with_orbax
 from helpers.samples import (
     ALL_METHODS,
     assert_close,
@@ -169,18 +168,6 @@ def test_replicas_read_with_the_axis_of_devices_in_front(method):
 
 def in_front(x):
     return jnp.stack([x] * jax.device_count())
-
-
-def with_orbax(state, fresh, folder):
-    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "ensemble", state)
-        checkpointer.wait_until_finished()
-        template = jax.tree.map(orbax.checkpoint.utils.to_shape_dtype_struct, fresh)
-        return checkpointer.restore(folder / "ensemble", template)
-
-
-def with_flax(state, fresh, folder):
-    return flax.serialization.from_bytes(fresh, flax.serialization.to_bytes(state))
 
 
 @each_method

@@ -63,6 +63,12 @@ def trained(optimizer, steps=6, params=PARAMS):
     return state
 
 
+def states_in(tree, kinds):
+    """The states of those kinds, in order."""
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kinds))
+    return [node for node in nodes if isinstance(node, kinds)]
+
+
 @functools.cache
 def after_adam():
     """The state of Adam after some steps, behind Optax's clip."""
@@ -179,15 +185,8 @@ def test_wrappers_may_come_and_go(before, after):
     new, state = NESTS[after](), trained_nest(before)
     found = optclip.restore_state(new, PARAMS, state)
     assert jax.tree.structure(found.state) == jax.tree.structure(new.init(PARAMS))
-    kinds = (optax.ScaleByAdamState, optax.ScaleByScheduleState)
-    here, there = (
-        [
-            node
-            for node in jax.tree.leaves(x, is_leaf=lambda node: isinstance(node, kinds))
-            if isinstance(node, kinds)
-        ]
-        for x in (found.state, state)
-    )
+    kinds = optax.ScaleByAdamState, optax.ScaleByScheduleState
+    here, there = (states_in(x, kinds) for x in (found.state, state))
     assert len(here) == 2
     assert_same(here, there)
 
@@ -390,14 +389,9 @@ def test_averages_of_a_part_of_the_parameters_move_with_their_count(kind, way, t
         optclip.safeguard(parts_of(kind)),
     ):
         found = optclip.restore_state(new, PARAMS, restored)
-        assert_same(adams_in(found.state), adams_in(trained(old)))
+        adams = (states_in(x, optax.ScaleByAdamState) for x in (found.state, trained(old)))
+        assert_same(*adams)
         assert not found.unused
-
-
-def adams_in(state):
-    kind = optax.ScaleByAdamState
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
-    return [node for node in nodes if isinstance(node, kind)]
 
 
 class Layer(NamedTuple):

@@ -1,10 +1,9 @@
 """Contract 8: an optimizer's state survives a checkpoint, and a resumed run is the same run."""
 
-import flax.serialization
 import jax
 import optax
-import orbax.checkpoint
 import pytest
+from helpers.checkpoints import with_flax, with_orbax
 from helpers.samples import (
     ALL_METHODS,
     assert_same,
@@ -13,20 +12,6 @@ from helpers.samples import (
     quick_jit,
     sample_parameters,
 )
-
-
-def with_orbax(state, fresh, folder):
-    with orbax.checkpoint.CheckpointManager(folder) as manager:
-        manager.save(0, args=orbax.checkpoint.args.StandardSave(state))
-        manager.wait_until_finished()
-        template = jax.tree.map(orbax.checkpoint.utils.to_shape_dtype_struct, fresh)
-        return manager.restore(0, args=orbax.checkpoint.args.StandardRestore(template))
-
-
-def with_flax(state, fresh, folder):
-    file = folder / "state.msgpack"
-    file.write_bytes(flax.serialization.to_bytes(state))
-    return flax.serialization.from_bytes(fresh, file.read_bytes())
 
 
 @pytest.mark.parametrize("method", ALL_METHODS, ids=str)
