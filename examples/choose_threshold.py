@@ -8,7 +8,7 @@
 One run measures the norms of the gradient without clipping. From its log comes a suggestion with a
 reason (`suggest_threshold`), and what every rule that learns its threshold would have done
 (`replay`). Then the network is trained with thresholds over four decades (`sweep`), the suggested
-one among them, to see what the suggestion was worth.
+one among them, to see what the suggestion was worth; the last line says which line of code to use.
 """
 
 import argparse
@@ -23,12 +23,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from clip_options import Parser, UsageError, add_learning_rate, at_least_one, exit_code
+from clip_options import Parser, add_learning_rate, at_least_one, exit_code
 from mnist import LinenNetwork, cross_entropy
 from rich.console import Console
+from run_folder import (
+    RESULT,
+    add_folder_options,
+    check_free,
+    clear,
+    json_ready,
+    keep_result,
+    words_aside,
+)
 
 import optclip
 from optclip import tuning
+from optclip._tuning.wording import percent
 
 EXAMPLES = """\
 examples:
@@ -38,11 +48,8 @@ examples:
 """
 LEARNING_RATES = {"momentum": 0.05, "sgd": 0.1, "adam": 0.001}
 BATCH_SIZE = 32
-LIMITS = (
-    "A suggestion is for a learning rate that fits: it cuts off spikes, and leaves ordinary steps "
-    "alone. A threshold far below the usual norm is something else, a limit to the length of every "
-    "step. Where that does better, try a smaller learning rate too: norms alone cannot tell which."
-)
+MOST = 0.5  # of the steps: a clip of more is no clip against spikes
+LOG, OTHERS = "measured.jsonl", ("measured.png", "replay.png", "sweep.png", RESULT)
 
 
 def learned_by(method: str) -> Any:
@@ -137,23 +144,93 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     add("--steps", type=at_least_one, default=188, help="of each run (default: 188, four epochs)")
     add("--thresholds", type=at_least_one, default=9, help="over four decades (default: 9)")
     add("--seeds", type=at_least_one, default=3, help="runs of each threshold (default: 3)")
-    add("--quick", action="store_true", help="40 steps, 5 thresholds, 1 seed")
+    add("--quick", action="store_true", help="60 steps, 5 thresholds, 1 seed")
     add("--out", type=Path, default=Path("runs/threshold"), help="folder of log and pictures")
+    add_folder_options(parser, resumable=False)
     options = parser.parse_args(arguments)
     if options.quick:
-        options.steps, options.thresholds, options.seeds = 40, 5, 1
+        options.steps, options.thresholds, options.seeds = 60, 5, 1
     options.lr = options.lr or LEARNING_RATES[options.optimizer]
     return options
 
 
+def answer(
+    suggestion: tuning.Suggestion, losses: np.ndarray, found: tuning.Sweep
+) -> dict[str, Any]:
+    """What came out of it all.
+
+    Args:
+        suggestion: What the log of the measured run suggests.
+        losses: The test loss with that, of each seed.
+        found: The sweep.
+
+    Returns:
+        JSON-ready: whether the suggestion is in the flat range of the sweep, the line of code to
+        use, and the answer in two sentences.
+    """
+    threshold, loss, lowest = suggestion.threshold, np.median(losses), found.medians.min()
+    told = f"The log suggests {suggestion.method}, whose test loss is {_loss(loss)}"
+    if not np.isfinite(min(loss, lowest)):
+        told += ", and every threshold of the sweep diverged too"
+        return _told(told, False, None, "Lower the learning rate")
+    if not np.isfinite(lowest):
+        told += ", while every threshold of the sweep diverged"
+        return _told(told, False, suggestion.method, "try a lower learning rate too")
+    low, high = found.flat
+    inside = (low <= found.thresholds) & (found.thresholds <= high)
+    place = list(found.thresholds).index(found.best)
+    end = "no clipping" if np.isinf(high) else f"{high:.3g}"
+    where = f"from {low:.3g} to {end}" if low < high else f"at {end}"
+    flat = f"the flat range of the sweep ({where}; lowest loss {lowest:.3g})"
+    if threshold is None:
+        fits = bool(loss <= found.medians[inside].max())
+        told += f", {'no higher' if fits else 'higher'} than in {flat}"
+    else:
+        fits = bool(low <= threshold <= high)
+        told += f", and which is {'within' if fits else 'outside'} {flat}"
+    if fits:
+        insures = "no clip does as well here, so it only insures against spikes"
+        return _told(told, True, suggestion.method, insures if np.isinf(high) else "")
+    if losses.min() <= found.losses[place].max():
+        return _told(told, False, suggestion.method, "the seeds of the two overlap")
+    if np.isinf(found.best):
+        return _told(told, False, "no clip", "every clip made the loss higher")
+    rate = np.nanmean(found.clip_rates[place])
+    why = f"it shortens {percent(rate)} of the steps"
+    if rate > MOST:
+        why += ", so it works as a smaller learning rate; try one"
+    return _told(told, False, f"optclip.clip_by_global_norm({found.best:.3g})", why)
+
+
+def _loss(loss: float) -> str:
+    return f"{loss:.3g}" if np.isfinite(loss) else "not finite"
+
+
+def _told(found: str, fits: bool, use: str | None, why: str) -> dict[str, Any]:
+    end = f"Use {use}{': ' * bool(why)}{why}" if use else why
+    return {"in_flat_range": fits, "use": use, "answer": f"{found}. {end}."}
+
+
 def run(options: argparse.Namespace) -> int:
-    """The whole path, with a table or a sentence for each step, and JSON at the end."""
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {options.out}: {error.strerror}; name another folder") from None
-    console, log = Console(), options.out / "measured.jsonl"
-    data = digits_data.load("digits")
+    """The whole path, with a table or a sentence for each step, and one answer at the end."""
+    with words_aside(options.json) as stdout:
+        replaced = check_free(options.out, LOG, OTHERS, options.overwrite, "")
+        data = digits_data.load("digits")
+        clear(options.out, LOG, OTHERS)
+        if replaced:
+            print(f"The earlier run in {options.out} is replaced.")
+        result = choose(options, data, Console())
+        print(f"log, pictures and result: {options.out}")
+        print(result["answer"])
+        keep_result(options.out, result, stdout if options.json else None)
+    return 0
+
+
+def choose(
+    options: argparse.Namespace, data: digits_data.Dataset, console: Console
+) -> dict[str, Any]:
+    """Measures, suggests, replays and sweeps; the result, JSON-ready."""
+    log = options.out / LOG
     setup = f"digits, {options.optimizer}, learning rate {options.lr:g}, {options.steps} steps"
 
     console.rule("1. Measure: one run without clipping")
@@ -161,10 +238,12 @@ def run(options: argparse.Namespace) -> int:
     figure = tuning.plot_run(log, options.out / "measured.png", subtitle=setup)
     console.print(figure.get_suptitle(), highlight=False)
 
-    console.rule("2. Suggest: from the log, and from the histogram in the optimizer's state")
+    console.rule("2. Suggest: from the log")
     suggestion = tuning.suggest_threshold(log)
     console.print(str(suggestion), highlight=False)
-    console.print("\nFrom the histogram alone:", str(tuning.suggest_threshold(opt_state)))
+    from_counts = tuning.suggest_threshold(opt_state)
+    if kind(from_counts) != kind(suggestion):
+        console.print("\nFrom the histogram in the optimizer's state:", str(from_counts))
 
     console.rule("3. Replay: what every rule would have done")
     replayed = tuning.replay(log)
@@ -179,19 +258,17 @@ def run(options: argparse.Namespace) -> int:
     console.print(found.table())
     found.draw(options.out / "sweep.png", subtitle=setup)
     if suggestion.threshold is None:
-        loss = sweep(options, data, learned_by(suggestion.method), [1.0]).medians[0]
+        losses = sweep(options, data, learned_by(suggestion.method), [1.0]).losses[0]
     else:
-        loss = found.medians[found.thresholds == suggestion.threshold][0]
-    best = found.medians.min()
-    said = f"With {suggestion.method} the test loss is {loss:.3g}; the lowest of the sweep is"
-    console.print(f"{said} {best:.3g}.", highlight=False)
-    if loss > 1.1 * best:
-        console.print(LIMITS, highlight=False)
-    print(f"log and pictures: {options.out}")
-    loss = float(loss) if np.isfinite(loss) else None
-    told = {"suggested": suggestion.method, "loss": loss, "sweep": found.to_dict()}
-    print(json.dumps(told))
-    return 0
+        losses = found.losses[found.thresholds == suggestion.threshold][0]
+    loss = json_ready(np.median(losses))
+    told = {"suggested": suggestion.method, "loss": loss, **answer(suggestion, losses, found)}
+    return told | {"sweep": found.to_dict()}
+
+
+def kind(suggestion: tuning.Suggestion) -> str:
+    """The method that is suggested, without its numbers."""
+    return suggestion.method.split("(")[0]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from clip_options import (
     shown_args,
 )
 from jax.sharding import AxisType, Mesh
+from run_folder import add_folder_options
 from text_model import BYTES
 
 AXES = ("data", "fsdp", "tensor")
@@ -68,6 +69,8 @@ class Options:
     process_id: int
     out: str
     resume: bool
+    overwrite: bool
+    json: bool
     checkpoint_every: int
 
     def describe(self) -> dict[str, Any]:
@@ -251,7 +254,7 @@ def _parser() -> Parser:
         default="runs/transformer",
         help="log, checkpoints, picture (default: %(default)s)",
     )
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add_folder_options(parser)
     add("--checkpoint-every", type=at_least_one, default=100, metavar="N", help="steps; " + default)
     return parser
 

@@ -10,9 +10,7 @@ nothing of its own there: under `jit` it gives on any mesh what it gives on one 
 """
 
 import functools
-import json
 import os
-import shlex
 import signal
 import sys
 import time
@@ -31,7 +29,15 @@ from clip_options import UsageError, exit_code, explained, with_clip
 from flax import nnx
 from fsdp_options import Options, make_mesh, parse_options
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from run_folder import Interruption, Row, RunFolder, json_ready
+from run_folder import (
+    Interruption,
+    Row,
+    RunFolder,
+    json_ready,
+    keep_result,
+    resuming,
+    words_aside,
+)
 from text_model import Batch, Text, Transformer, held_out_batches, load_text, training_batch
 from tqdm import tqdm
 
@@ -170,6 +176,8 @@ def train(options: Options, text: Text, mesh: Mesh, folder: RunFolder) -> Row:
     """
     training = start(options, mesh)
     state, history = folder.begin(training.state)
+    if folder.note:
+        say(folder.note)
     done = history[-1]["step"] if history else 0
     seconds: list[float] = []
     # Processes that stop after different steps would wait for one another: there, stop at once.
@@ -237,15 +245,16 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def report(folder: RunFolder, settings: Row, outcome: Row) -> None:
-    """Draws the picture, and prints, as the last line, the result as JSON."""
+def report(folder: RunFolder, settings: Row, outcome: Row) -> Row:
+    """Draws the picture and says, in the last line, what the clip did; the result, JSON-ready."""
     rows = folder.rows()
     sizes = f"{settings['layers']} layers of width {settings['width']}, {settings['dtype']}"
     setup = f"{sizes}; {run_report.optimizer_shown(settings)}"
     loss = run_report.show(outcome["held_out_loss"], ".2f", run_report.NOT_FINITE)
     run_report.draw(folder.picture, rows, f"held-out loss {loss}", setup)
-    print(f"{setup}\nlog, checkpoints and picture: {folder.path}")
-    result = {
+    print(f"{setup}\nlog, checkpoints, picture and result: {folder.path}")
+    print(run_report.what_the_clip_did(rows, settings["clip"], settings["optimizer"]))
+    return {
         **settings,
         "steps": len(rows),
         "loss": json_ready(run_report.column(rows[-LAST:], "loss").mean()),
@@ -253,7 +262,6 @@ def report(folder: RunFolder, settings: Row, outcome: Row) -> None:
         "clip_rate": rows[-1].get("clip/clip_rate"),
         "skipped_steps": rows[-1].get("skip/skipped_steps", 0),
     }
-    print(json.dumps(result))
 
 
 # The command line --------------------------------------------------------------------------------
@@ -287,32 +295,34 @@ def checked_text(options: Options) -> Text:
 
 def run(options: Options) -> int:
     """Loads, trains and reports; the answer is the exit code."""
-    text = checked_text(options)
-    connect(options)
-    mesh = make_mesh(options)
-    say(
-        f"Learning Python's help texts: {len(text.train):,} bytes, and {len(text.held_out):,} "
-        f"held out, on {mesh.size} device{'s' * (mesh.size > 1)} "
-        f"({mesh.devices.flat[0].platform})."
-    )
-    settings = options.describe()
-    out = Path(options.out).expanduser()
-    folder = RunFolder(out, settings, options.steps, options.resume, unit="step")
-    if folder.note:
-        say(folder.note)
-    try:
-        outcome = train(options, text, mesh, folder)
-    except KeyboardInterrupt:
-        done = folder.last()
-        hint = f"there is no checkpoint yet, so start again without --resume; the log is in {out}"
-        if done:
-            command = shlex.join(["python", *sys.argv]) + " --resume" * (not options.resume)
-            hint = f"{out} keeps the log and step {done}; go on with: {command}"
-        print(f"Interrupted: {hint}", file=sys.stderr)
-        return 130
-    if jax.process_index() == 0:
-        places = {"mesh": options.mesh, "devices": mesh.size, "processes": options.processes}
-        report(folder, settings | places, outcome)
+    with words_aside(options.json) as stdout:
+        text = checked_text(options)
+        connect(options)
+        mesh = make_mesh(options)
+        say(
+            f"Learning Python's help texts: {len(text.train):,} bytes, and "
+            f"{len(text.held_out):,} held out, on {mesh.size} device{'s' * (mesh.size > 1)} "
+            f"({mesh.devices.flat[0].platform})."
+        )
+        settings = options.describe()
+        out = Path(options.out).expanduser()
+        folder = RunFolder(
+            out, settings, options.steps, options.resume, options.overwrite, unit="step"
+        )
+        try:
+            outcome = train(options, text, mesh, folder)
+        except KeyboardInterrupt:
+            done = folder.last()
+            hint = f"there is no checkpoint, so start again with --overwrite; the log is in {out}"
+            if done:
+                command = resuming(sys.argv)
+                hint = f"{out} keeps the log and step {done}; go on with: {command}"
+            print(f"Interrupted: {hint}", file=sys.stderr)
+            return 130
+        if jax.process_index() == 0:
+            places = {"mesh": options.mesh, "devices": mesh.size, "processes": options.processes}
+            result = report(folder, settings | places, outcome)
+            keep_result(out, result, stdout if options.json else None)
     return 0
 
 

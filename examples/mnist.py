@@ -11,7 +11,6 @@ the same training in the two APIs of Flax; all the rest is shared.
 
 import functools
 import os
-import shlex
 import signal
 import sys
 import time
@@ -32,7 +31,15 @@ from flax import linen, nnx
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mnist_options import Options, data_mesh, parse_options
-from run_folder import Interruption, Row, RunFolder, json_ready
+from run_folder import (
+    Interruption,
+    Row,
+    RunFolder,
+    json_ready,
+    keep_result,
+    resuming,
+    words_aside,
+)
 from tqdm import tqdm
 
 import optclip
@@ -204,6 +211,8 @@ def train(options: Options, data: digits_data.Dataset, mesh: Mesh, folder: RunFo
     test_set = jax.device_put(digits_data.slices(data.test, TEST_BATCH), whole)
 
     state, epochs = folder.begin(state)
+    if folder.note:
+        print(folder.note)
     with Interruption() as interruption:
         for epoch in range(len(epochs) + 1, options.epochs + 1):
             started = time.perf_counter()
@@ -315,27 +324,29 @@ def load_data(options: Options) -> digits_data.Dataset:
 
 def run(options: Options) -> int:
     """Loads, trains and reports; the answer is the exit code."""
-    mesh = data_mesh(options.devices)
-    data = load_data(options)
-    settings = {"dataset": data.name, **options.describe()}
-    out = Path(options.out or f"runs/{data.name}").expanduser()
-    folder = RunFolder(out, settings, options.epochs, options.resume, options.tensorboard)
-    if folder.note:
-        print(folder.note)
-    try:
-        epochs = train(options, data, mesh, folder)
-    except KeyboardInterrupt:
-        done = folder.last()
-        hint = f"no epoch was finished, so start again without --resume; the log is in {out}"
-        if done:
-            command = shlex.join(["python", *sys.argv]) + " --resume" * (not options.resume)
-            hint = f"{out} keeps the log and epoch {done}; go on with: {command}"
-        print(f"Interrupted: {hint}", file=sys.stderr)
-        return 130
-    finally:
-        folder.close()
+    with words_aside(options.json) as stdout:
+        mesh = data_mesh(options.devices)
+        data = load_data(options)
+        settings = {"dataset": data.name, **options.describe()}
+        out = Path(options.out or f"runs/{data.name}").expanduser()
+        folder = RunFolder(
+            out, settings, options.epochs, options.resume, options.overwrite, options.tensorboard
+        )
+        try:
+            epochs = train(options, data, mesh, folder)
+        except KeyboardInterrupt:
+            done = folder.last()
+            hint = f"no epoch was finished, so start again with --overwrite; the log is in {out}"
+            if done:
+                command = resuming(sys.argv)
+                hint = f"{out} keeps the log and epoch {done}; go on with: {command}"
+            print(f"Interrupted: {hint}", file=sys.stderr)
+            return 130
+        finally:
+            folder.close()
 
-    run_report.report(folder, epochs, settings | {"devices": options.devices})
+        result = run_report.report(folder, epochs, settings | {"devices": options.devices})
+        keep_result(out, result, stdout if options.json else None)
     return 0
 
 

@@ -16,12 +16,14 @@ from clip_options import (
     shown_args,
 )
 from jax.sharding import AxisType, Mesh
+from run_folder import add_folder_options
 
 LEARNING_RATES = {"sgd": 0.01, "momentum": 0.05, "adam": 0.001}
 
 EXAMPLES = """\
 examples:
   python examples/mnist.py                                  clipped SGD, 10 epochs
+  python examples/mnist.py --dataset digits --lr 1          a rate that needs the clip
   python examples/mnist.py --optimizer momentum             learns faster
   python examples/mnist.py --clip-arg max_norm=0.1          another threshold
   python examples/mnist.py --clip adaptive_grad_clip --clip-arg clipping=0.01
@@ -51,6 +53,8 @@ class Options:
     devices: int
     out: str | None
     resume: bool
+    overwrite: bool
+    json: bool
     tensorboard: bool
 
     def describe(self) -> dict[str, Any]:
@@ -136,6 +140,6 @@ def _parser() -> Parser:
         "accelerator (default: %(default)s)",
     )
     add("--out", metavar="DIR", help="log, checkpoints, picture (default: runs/<dataset>)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add_folder_options(parser)
     add("--tensorboard", action="store_true", help="also write event files for TensorBoard")
     return parser

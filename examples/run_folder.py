@@ -5,20 +5,26 @@
     steps.jsonl     one line of JSON per step; null where a number is not finite
     checkpoints/    by orbax, named after an epoch or a step; the last two are kept
     run.png         the picture, when the run is done
+    result.json     what came out of it, when the run is done
     tensorboard/    event files, where asked for
 
 Several processes share one folder: the first one writes the log, and all of them the checkpoints.
+No run is deleted unless --overwrite says so; choose_threshold.py keeps to that with the same code.
 """
 
+import argparse
+import contextlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import orbax.checkpoint as ocp
@@ -26,6 +32,95 @@ from clip_options import UsageError
 from jax.experimental import multihost_utils
 
 Row = dict[str, Any]
+RESULT = "result.json"
+
+
+# What the examples' folders have in common -------------------------------------------------------
+
+
+def add_folder_options(parser: argparse.ArgumentParser, *, resumable: bool = True) -> None:
+    """Adds --overwrite, --json and, unless a run cannot be gone on with, --resume."""
+    group = parser.add_mutually_exclusive_group()
+    if resumable:
+        group.add_argument(
+            "--resume", action="store_true", help="go on from the last checkpoint in --out"
+        )
+    group.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help=f"print the result, which is kept as {RESULT}, and nothing else on stdout",
+    )
+
+
+def check_free(path: Path, log: str, others: Iterable[str], overwrite: bool, more: str) -> bool:
+    """Makes sure that a run may be kept in a folder; takes nothing away.
+
+    Args:
+        path: The folder; made if need be.
+        log: The file in it that tells a run: it has something in it.
+        others: What else a run leaves there.
+        overwrite: Whether a run that is there may be replaced.
+        more: What else than --overwrite a person can do with a run that is there.
+
+    Returns:
+        Whether there is a run to be replaced.
+
+    Raises:
+        UsageError: If the folder cannot be written, holds a run that may not be replaced, or is
+            somebody else's.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / log).open("a").close()
+    except OSError as error:
+        raise UsageError(
+            f"--out {path} cannot be written ({error.strerror}); choose another folder"
+        ) from None
+    if (path / log).stat().st_size:
+        if not overwrite:
+            raise UsageError(
+                f"--out {path} already holds a run; add {more}--overwrite to replace it, or name "
+                "another folder with --out"
+            )
+        return True
+    foreign = [name for name in others if (path / name).exists()]
+    if foreign:
+        raise UsageError(
+            f"--out {path} has {' and '.join(foreign)}, not from this script; choose another folder"
+        )
+    return False
+
+
+def clear(path: Path, log: str, others: Iterable[str]) -> None:
+    """Takes a run away; its log last, so that what is left is known as a run until the end."""
+    for name in others:
+        if (path / name).is_dir():
+            shutil.rmtree(path / name)
+        else:
+            (path / name).unlink(missing_ok=True)
+    (path / log).write_bytes(b"")
+
+
+def resuming(typed: list[str]) -> str:
+    """The command that goes on with an interrupted run, from what was typed to start it."""
+    options = (word for word in typed if word not in ("--overwrite", "--resume"))
+    return shlex.join(["python", *options, "--resume"])
+
+
+@contextlib.contextmanager
+def words_aside(aside: bool) -> Iterator[TextIO]:
+    """The stdout there is; `aside`, all that is printed meanwhile goes to stderr."""
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr if aside else stdout):
+        yield stdout
+
+
+def keep_result(path: Path, result: Row, stdout: TextIO | None) -> None:
+    """Writes the result of a run to its folder and, if `stdout` is given, there in one line."""
+    (path / RESULT).write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    if stdout is not None:
+        print(json.dumps(result), file=stdout)
 
 
 def json_ready(value: Any) -> Any:
@@ -40,8 +135,11 @@ class RunFolder:
     Attributes:
         path: The folder.
         picture: Where the picture goes.
-        note: What a person should know before the run begins; empty if nothing.
+        note: What a person should know when the run has begun; empty if nothing.
     """
+
+    LOG = "steps.jsonl"
+    OTHERS = ("checkpoints", "run.png", RESULT, "tensorboard")
 
     def __init__(
         self,
@@ -49,6 +147,7 @@ class RunFolder:
         settings: Row,
         goal: int,
         resume: bool,
+        overwrite: bool,
         tensorboard: bool = False,
         unit: str = "epoch",
     ):
@@ -59,21 +158,26 @@ class RunFolder:
             settings: What a checkpoint must agree with to be resumed.
             goal: How many epochs (or steps) the run is to have in the end.
             resume: Whether to go on from the last checkpoint, or to start anew.
+            overwrite: Whether a run that is there may be replaced.
             tensorboard: Whether to write event files too.
             unit: What checkpoints are numbered by: "epoch" or "step".
 
         Raises:
-            UsageError: If the folder cannot be written, is somebody else's, or has nothing to
-                resume.
+            UsageError: If the folder cannot be written, is somebody else's, holds a run that may
+                not be replaced, or has nothing to resume.
         """
         self.path = path
         self.picture = path / "run.png"
         self.note = ""
-        self._log = path / "steps.jsonl"
+        self._log = path / self.LOG
         self._checkpoints = path / "checkpoints"
         self._board_path = path / "tensorboard"
         self._board: Any = None
-        self._with_board = tensorboard
+        self._board_type: Any = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board_type = SummaryWriter
         self._settings = settings
         self._unit = unit
         self._writes = jax.process_index() == 0
@@ -82,7 +186,9 @@ class RunFolder:
         if resume:
             self._history = self._look_at_checkpoint(goal)
         else:
-            self._look_at_folder()
+            more = "--resume to go on with it, "
+            if check_free(path, self.LOG, self.OTHERS, overwrite, more):
+                self.note = f"The earlier run in {path} is replaced."
 
     def begin(self, state: Any) -> tuple[Any, list[Row]]:
         """Starts the run anew, or goes back to the last checkpoint and cuts the log off there.
@@ -101,16 +207,11 @@ class RunFolder:
             self._steps = self._history[-1]["steps"]
             self._truncate_log(self._steps)
         elif self._writes:
-            self._log.write_bytes(b"")
-            self.picture.unlink(missing_ok=True)
-            for old in (self._checkpoints, self._board_path):
-                shutil.rmtree(old, ignore_errors=True)
+            clear(self.path, self.LOG, self.OTHERS)
         if jax.process_count() > 1:  # nobody saves what the first process is about to clear away
             multihost_utils.sync_global_devices("run folder")
-        if self._with_board:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(self._board_path), purge_step=self._steps + 1)
+        if self._board_type is not None:
+            self._board = self._board_type(str(self._board_path), purge_step=self._steps + 1)
         return state, list(self._history)
 
     def last(self) -> int:
@@ -162,28 +263,12 @@ class RunFolder:
         if self._board is not None:
             self._board.close()
 
-    def _look_at_folder(self) -> None:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._log.open("a").close()
-        except OSError as error:
-            raise UsageError(
-                f"--out {self.path} cannot be written ({error.strerror}); choose another folder"
-            ) from None
-        if self._log.stat().st_size:
-            self.note = f"{self.path} held an earlier run, which this one replaces."
-        elif self._checkpoints.exists():
-            raise UsageError(
-                f"--out {self.path} has checkpoints that are not from this script; "
-                "choose another folder"
-            )
-
     def _look_at_checkpoint(self, goal: int) -> list[Row]:
         last = self.last()
         if not last:
-            raise UsageError(
-                f"--resume: there is no checkpoint in {self.path}; leave --resume out to start"
-            )
+            log = self._log.exists() and self._log.stat().st_size
+            instead = "give --overwrite instead" if log else "leave --resume out"
+            raise UsageError(f"--resume: there is no checkpoint in {self.path}; {instead} to start")
         with self._manager() as manager:
             args = ocp.args.Composite(about=ocp.args.JsonRestore())
             about = manager.restore(last, args=args)["about"]
@@ -217,7 +302,8 @@ class RunFolder:
             except (KeyError, TypeError, ValueError) as error:
                 raise UsageError(
                     f"--resume: the checkpoint in {self.path} does not fit this network and "
-                    f"optimizer ({' '.join(str(error).split())[:200]}); leave --resume out"
+                    f"optimizer ({' '.join(str(error).split())[:200]}); give --overwrite instead"
+                    " to start again"
                 ) from error
 
     def _truncate_log(self, steps: int) -> None:
@@ -227,7 +313,7 @@ class RunFolder:
             if len(lines) < steps or json.loads(lines[-1])["step"] != steps:
                 raise UsageError(
                     f"--resume: {self._log} does not hold the {steps} steps of the checkpoint; "
-                    "leave --resume out to start again"
+                    "give --overwrite instead to start again"
                 )
             if self._writes:
                 log.seek(sum(map(len, lines)))

@@ -1,11 +1,19 @@
 """examples/choose_threshold.py runs as typed, and says what is wrong with what is typed."""
 
 import json
+import math
 import pathlib
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
+
+from optclip import tuning
+
+# The libraries that only the example needs may warn as they like.
+pytestmark = pytest.mark.filterwarnings("default")
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "examples/choose_threshold.py"
@@ -18,16 +26,64 @@ def typed(folder, *arguments):
 
 
 def test_the_whole_path(tmp_path):
-    done = typed(tmp_path / "out", "--quick")
+    out = tmp_path / "out"
+    done = typed(out, "--quick", "--json")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = json.loads((out / "result.json").read_text())
+    assert json.loads(done.stdout) == told
+    assert done.stderr.splitlines()[-1] == told["answer"]
     assert told["suggested"].startswith("optclip.")
     losses = [min(row) for row in told["sweep"]["losses"]]
-    assert min(losses) < losses[0]  # A threshold of 0.01 is too small to learn by in 40 steps.
+    assert min(losses) < losses[0]  # A threshold of 0.01 is too small to learn by in 60 steps.
     assert told["loss"] < losses[0]
-    assert len((tmp_path / "out/measured.jsonl").read_text().splitlines()) == 40
+    assert len((out / "measured.jsonl").read_text().splitlines()) == 60
     for picture in ("measured", "replay", "sweep"):
-        assert (tmp_path / f"out/{picture}.png").stat().st_size > 20_000
+        assert (out / f"{picture}.png").stat().st_size > 20_000
+
+
+def test_a_run_is_replaced_only_if_asked_for(tmp_path, monkeypatch, example, capsys):
+    for name in ("measured.jsonl", "sweep.png", "result.json"):
+        (tmp_path / name).write_text("{}")
+    assert example.main(["--out", str(tmp_path)]) == 2
+    assert "--overwrite to replace it" in capsys.readouterr().err
+    assert example.main(["--overwrite", "--lr", "0", "--out", str(tmp_path)]) == 2
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"{}"}
+
+    monkeypatch.setattr(example, "choose", lambda *args: {"answer": "Use it."})
+    assert example.main(["--overwrite", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "Use it."
+    assert not (tmp_path / "sweep.png").exists()
+    assert json.loads((tmp_path / "result.json").read_text()) == {"answer": "Use it."}
+
+
+THRESHOLDS = (0.1, 1.0, 10.0, math.inf)
+FIXED, ROBUST = "optclip.clip_by_global_norm(1)", "optclip.robust_clip()"
+DIVERGED = (math.inf,) * 4
+
+
+@pytest.mark.parametrize(
+    ("method", "threshold", "loss", "medians", "use", "fits", "words"),
+    [
+        (FIXED, 1.0, 0.5, (0.9, 0.5, 0.502, 0.7), FIXED, True, "within"),
+        (FIXED, 1.0, 0.5, (0.9, 0.5, 0.5, 0.5), FIXED, True, "only insures"),
+        (FIXED, 1.0, 0.9, (0.5, 0.9, 1.0, 1.2), "optclip.clip_by_global_norm(0.1)", False, "90%"),
+        (FIXED, 1.0, 0.52, (0.5, 0.52, 1.0, 1.2), FIXED, False, "overlap"),
+        (FIXED, 1.0, 0.9, (1.2, 0.9, 0.7, 0.5), "no clip", False, "outside"),
+        (ROBUST, None, 0.4, (0.9, 0.5, 0.7, 0.7), ROBUST, True, "no higher"),
+        (ROBUST, None, 0.9, (0.9, 0.5, 0.7, 0.7), "optclip.clip_by_global_norm(1)", False, "20%"),
+        (ROBUST, None, 0.9, DIVERGED, ROBUST, False, "lower learning rate"),
+        (FIXED, 1.0, math.inf, DIVERGED, None, False, "Lower the learning rate"),
+    ],
+)
+def test_the_answer(example, method, threshold, loss, medians, use, fits, words):
+    spread = np.array([-0.02, 0.0, 0.02])
+    losses = np.array(medians)[:, None] + spread
+    rates = np.repeat([[0.9], [0.2], [0.01], [0.0]], 3, axis=1)
+    found = tuning.Sweep(np.array(THRESHOLDS), (0, 1, 2), losses, rates, False)
+    suggestion = types.SimpleNamespace(method=method, threshold=threshold)
+    told = example.answer(suggestion, loss + spread, found)
+    assert (told["use"], told["in_flat_range"]) == (use, fits)
+    assert words in told["answer"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """examples/fsdp_transformer.py: what a person types, sees and finds on disk."""
 
-import contextlib
-import io
 import json
 from pathlib import Path
 
@@ -40,12 +38,13 @@ def run(example, capsys):
 
 @pytest.fixture
 def result_of(run, undrawn, tmp_path):
-    """The last line of a run in a folder of its own, and its log."""
+    """The result of a run in a folder of its own, and its log."""
 
     def result_of(*options):
-        code, stdout, stderr = run(*options, "--out", tmp_path / "run")
+        out = tmp_path / "run"
+        code, _, stderr = run(*options, "--overwrite", "--out", out)
         assert (code, stderr) == (0, "")
-        return json.loads(stdout.splitlines()[-1]), log_of(tmp_path / "run")
+        return told_in(out), log_of(out)
 
     return result_of
 
@@ -54,11 +53,13 @@ def result_of(run, undrawn, tmp_path):
 def guarded(example, tmp_path_factory):
     """Sixty steps on one device, under safeguard: result and log."""
     out = tmp_path_factory.mktemp("guarded")
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        assert example.main([*SMALL, *map(str, (*GUARDED, *SIXTY, "--out", out))]) == 0
+    assert example.main([*SMALL, *map(str, (*GUARDED, *SIXTY, "--out", out))]) == 0
     assert (out / "run.png").stat().st_size > 10_000
-    return json.loads(printed.getvalue().splitlines()[-1]), log_of(out)
+    return told_in(out), log_of(out)
+
+
+def told_in(out):
+    return json.loads((Path(out) / "result.json").read_text())
 
 
 def log_of(out):
@@ -73,7 +74,8 @@ def test_a_mesh_trains_as_one_device_and_two_halves_as_one_run(guarded, undrawn,
     at_once, in_two = tmp_path / "at_once", tmp_path / "in_two"
     code, stdout, stderr = run(*GUARDED, *MESH, *SIXTY, "--out", at_once)
     assert (code, stderr) == (0, "")
-    mesh, mesh_log = json.loads(stdout.splitlines()[-1]), log_of(at_once)
+    assert stdout.splitlines()[-1].startswith("safeguard ")
+    mesh, mesh_log = told_in(at_once), log_of(at_once)
     one, one_log = guarded
     assert (one["devices"], mesh["devices"]) == (1, 8)
     assert one_log[0].keys() == mesh_log[0].keys()
@@ -90,7 +92,7 @@ def test_a_mesh_trains_as_one_device_and_two_halves_as_one_run(guarded, undrawn,
     assert (code, stderr) == (0, "")
     assert f"Going on after step 30 of {in_two}." in stdout
     assert (in_two / "steps.jsonl").read_text() == (at_once / "steps.jsonl").read_text()
-    assert json.loads(stdout.splitlines()[-1])["held_out_loss"] == mesh["held_out_loss"]
+    assert told_in(in_two)["held_out_loss"] == mesh["held_out_loss"]
 
     code, _, stderr = run(*GUARDED, "--steps", 5, "--resume", "--out", in_two)
     assert code == 2
@@ -98,6 +100,25 @@ def test_a_mesh_trains_as_one_device_and_two_halves_as_one_run(guarded, undrawn,
     code, _, stderr = run("--clip", "none", "--steps", 70, "--resume", "--out", in_two)
     assert code == 2
     assert "--clip was safeguard, not none" in stderr
+
+
+def test_a_run_is_replaced_only_if_asked_for_and_json_is_alone(undrawn, run, tmp_path):
+    code, stdout, _ = run("--steps", 2, "--json", "--out", tmp_path)
+    assert code == 0
+    assert json.loads(stdout) == told_in(tmp_path)
+    code, _, stderr = run("--steps", 3, "--out", tmp_path)
+    assert code == 2
+    assert len(stderr.splitlines()) == 1
+    assert "--resume" in stderr
+    assert "--overwrite" in stderr
+    code, _, _ = run("--steps", 3, "--overwrite", "--clip-arg", "max_norm=-1", "--out", tmp_path)
+    assert code == 2
+    assert len(log_of(tmp_path)) == 2
+    assert (tmp_path / "checkpoints/2").exists()
+    code, _, _ = run("--steps", 3, "--overwrite", "--out", tmp_path)
+    assert code == 0
+    assert len(log_of(tmp_path)) == 3
+    assert not (tmp_path / "checkpoints/2").exists()
 
 
 def test_the_state_is_split_and_stays_so(example):
