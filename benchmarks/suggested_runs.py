@@ -20,13 +20,21 @@ from optclip.tuning import Suggestion, suggest_threshold
 LAST = 40
 """Steps at the end, whose mean loss is the training loss."""
 NO_CLIP = "optclip.measure_norms()"
+SPIKE, EVERY, FIRST = 50.0, 20, 30
+"""With spikes: the gradient of every so many steps is so many times as large, from that step on."""
 
 
 class Runner:
-    """Trains, and remembers in a file what it trained."""
+    """Trains, and remembers in a file what it trained.
+
+    Args:
+        name: Of the task; "digits, spikes" is the task with spikes of the gradient.
+        file: The JSON file.
+    """
 
     def __init__(self, name: str, file: Path):
         self.name, self.file = name, file
+        self.spikes = name.endswith(", spikes")
         self.done: dict[str, dict[str, Any]] = {}
         if file.exists():
             self.done = json.loads(file.read_text(encoding="utf-8"))["runs"]
@@ -34,7 +42,7 @@ class Runner:
     @functools.cached_property
     def task(self) -> Task:
         """The task; its data are read when the first run needs them."""
-        return suggested_tasks.start(self.name)
+        return suggested_tasks.start(self.name.removesuffix(", spikes"))
 
     @functools.cached_property
     def step(self) -> Callable[..., Any]:
@@ -42,9 +50,10 @@ class Runner:
         loss_of = self.task.loss
 
         @functools.partial(jax.jit, static_argnames="code", donate_argnums=0)
-        def step(state, inputs, labels, learning_rate, threshold, code):
+        def step(state, inputs, labels, scale, learning_rate, threshold, code):
             params, opt_state = state
             loss, grads = jax.value_and_grad(loss_of)(params, inputs, labels)
+            grads = jax.tree.map(lambda g: scale * g, grads)
             optimizer = _optimizer(learning_rate, threshold, code)
             updates, opt_state = optimizer.update(grads, opt_state, params)
             norm = optclip.metrics(opt_state)["clip/norm"]
@@ -78,7 +87,9 @@ class Runner:
         readings = []
         for number in range(self.task.steps):
             batch = self.task.batch(seed, number)
-            state, reading = self.step(state, *batch, *settings, code=code_left)
+            spike = self.spikes and number >= FIRST and number % EVERY == 0
+            scale = jnp.float32(SPIKE if spike else 1.0)
+            state, reading = self.step(state, *batch, scale, *settings, code=code_left)
             readings.append(reading)
         losses, norms = np.array(jax.device_get(readings), np.float64).T
         held_out = np.mean([self.judge(state[0], *batch) for batch in self.task.held_out])

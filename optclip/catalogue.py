@@ -17,26 +17,6 @@ _PAPER = re.compile(
     r'(?P<authors>[^"]+), "(?P<title>[^"]+)", (?P<year>\d{4}), arXiv:(?P<number>\d{4}\.\d{4,5})'
 )
 
-_FORMULA = re.compile(r"^\.\. math:: (?P<latex>.*?)(?=\n\n|\Z)", re.MULTILINE | re.DOTALL)
-
-_LATEX = (
-    (r"\\(?:mathrm|mathbf|text)\{([^{}]*)\}", r"\1"),
-    (r"\\sqrt\{([^{}]*)\}", r"sqrt(\1)"),
-    (r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"(\1) / \2"),
-    (r"([_^])\{\(([^{}()]*)\)\}", r"\1(\2)"),
-    (r"([_^])\{([^{}]*)\}", r"\1(\2)"),
-    (r",\s*\\quad", ",\0"),  # a line each
-    (r"\\quad|\\,", " "),
-    (r"\\leftarrow", "<-"),
-    (r"\\to\b", "->"),
-    (r"\\le\b", "<="),
-    (r"\\dots", "..."),
-    (r"\\left|\\right", ""),
-    (r"\\\|", "||"),
-    (r"\\(?=\w)", ""),  # a Greek letter or a function, by its name
-)
-"""What stands for what, in this order."""
-
 FAMILIES = {
     "fixed": "Fixed thresholds",
     "learned": "Learned thresholds",
@@ -184,18 +164,6 @@ def method_of(name: str, function: Callable[..., Any]) -> Method:
     )
     summary = document.partition("\n\n")[0].replace("\n", " ")
     return Method(name, tuple(arguments), summary, _papers(document), document)
-
-
-def plain(document: str) -> str:
-    """A docstring to read in a terminal: its formulas indented, in letters instead of LaTeX."""
-    return _FORMULA.sub(lambda found: _without_latex(found["latex"]), document)
-
-
-def _without_latex(latex: str) -> str:
-    for pattern, instead in _LATEX:
-        latex = re.sub(pattern, instead, latex)
-    lines = (" ".join(line.split()) for line in latex.split("\0"))
-    return "\n".join(f"    {line}" for line in lines)
 
 
 def plumbing(of: tuple[Method, ...]) -> tuple[Argument, ...]:

@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from benchmarks.proving_ground import scores
 from benchmarks.proving_ground.contenders import NO_CLIP
 from benchmarks.proving_ground.reporting import FIXED
-from optclip._tuning.style import BLUE, DARK, GRAY, GREEN, INK, ORANGE, PURPLE
-from optclip._tuning.ticks import on_log_axis
+from optclip._tuning.style import BLUE, DARK, GRAY, GREEN, INK, ORANGE, PURPLE, on_log_axis
 
 NAMED = {
     NO_CLIP: (DARK, 1.8, "--"),

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optclip._tuning import statistics
-from optclip._tuning.records import LOSS_KEYS, Record, read
-from optclip._tuning.wording import number, percent
+from optclip._tuning.log import Record, read_log
+from optclip._tuning.wording import counted, number, percent
 
 SPIKE_TIMES = 5.0
 """A spike's norm is at least so many times the usual one,"""
@@ -16,6 +16,14 @@ SPIKE_DEVIATIONS = 4.0
 
 NEIGHBORS = 50
 """What is usual is said by so many steps before, and as many after."""
+
+ROSE, BEFORE = 3.0, 3
+"""A leaf rises with a spike where it is more than so many times its usual norm, at the spike or up
+to so many steps before it."""
+
+SCORE_DEVIATIONS, SCORE_WINDOW = 6.0, 128
+"""The spike score counts norms so many deviations above the mean of so many before them: the steps
+that OLMo's trainer skips (`SkipStepOptimizer` of OLMo-core)."""
 
 _FEWEST = 5  # of them that say anything
 
@@ -32,6 +40,10 @@ class Findings(NamedTuple):
         nonfinite: Whether its gradient was not finite.
         spikes: Whether it is a spike: by the column "spike" where there is one, else by height.
         worst: The place of the spike that is the highest; None where the height of none is known.
+        rose_first: At the worst spike, the leaves that rose and how many times their usual norm
+            they were, those that rose first in front; empty where the log has no norms of leaves.
+        spike_score: Share of the steps more than 6 deviations above the mean of the 128 before
+            them; None of a run too short to tell.
         sentence: The finding, in a sentence without a full stop.
     """
 
@@ -43,21 +55,14 @@ class Findings(NamedTuple):
     nonfinite: np.ndarray
     spikes: np.ndarray
     worst: int | None
+    rose_first: dict[str, float]
+    spike_score: float | None
     sentence: str
 
 
 def finding(source: Any, *, norm_key: str | None = None) -> str:
-    """What there is to see in a run, in one sentence; the title of its picture.
-
-    Args:
-        source: What `optclip.tuning.plot_run` takes.
-        norm_key: The name of the norm, where it is none of the usual ones.
-
-    Example:
-        >>> finding({"clip/norm": [0.5, 2.0], "clip/threshold": [1.0, 1.0], "loss": [0.8, 0.25]})
-        '50% of 2 steps clipped; loss 0.25 at the end'
-    """
-    return look_at(read(source, norm_key, loss_will_do=True)).sentence
+    """What there is to see in a run, in one sentence; the title of its picture."""
+    return look_at(read_log(source, norm_key=norm_key, loss_will_do=True)).sentence
 
 
 def look_at(record: Record, *, marked: bool = True) -> Findings:
@@ -73,20 +78,24 @@ def look_at(record: Record, *, marked: bool = True) -> Findings:
     spikes = _spikes(relative_norm)
     if marked and "spike" in record.columns:
         spikes = _is_true(record.columns["spike"], len(relative_norm))
+    worst = _worst(spikes, relative_norm)
     findings = Findings(
         steps=places(record.steps),
-        loss=next((record.columns[key] for key in LOSS_KEYS if key in record.columns), None),
+        loss=record.loss,
         relative_norm=relative_norm,
         clipped=_clipped(record),
         skipped=_is_true(record.columns.get("skip/skipping"), len(relative_norm)),
         nonfinite=_nonfinite(record),
         spikes=spikes,
-        worst=_worst(spikes, relative_norm),
+        worst=worst,
+        rose_first={} if worst is None else _rose_first(record, worst),
+        spike_score=_spike_score(record.norms),
         sentence="",
     )
     clauses = [
         _about_broken_loss(findings),
         _about_spikes(record, findings, usual),
+        about_leaves(findings.rose_first),
         _about_nonfinite(record, findings),
         _about_clips(record, findings),
         _about_skips(record, findings),
@@ -121,7 +130,7 @@ def _level(values: np.ndarray) -> np.ndarray:
     for at in range(max(0, count - NEIGHBORS), count - _FEWEST):
         after[at] = np.median(values[at + 1 :])
     if count > NEIGHBORS:
-        medians = statistics.moving_median(values, NEIGHBORS)
+        medians = statistics.moving(np.median, values, NEIGHBORS)
         before[NEIGHBORS:] = medians[:-1]
         after[: count - NEIGHBORS] = medians[1:]
     # A run's first steps have nothing before them that could say what is usual.
@@ -146,6 +155,28 @@ def _worst(spikes: np.ndarray, relative_norm: np.ndarray) -> int | None:
     relative_norms = np.where(spikes & np.isfinite(relative_norm), relative_norm, -1.0)
     at = int(np.argmax(relative_norms)) if relative_norms.size else 0
     return at if relative_norms.size and relative_norms[at] > 0 else None
+
+
+def _rose_first(record: Record, spike: int) -> dict[str, float]:
+    """The leaves that rose at a spike: by when they did, then by how far."""
+    rose = []
+    for path, norms in record.leaf_norms.items():
+        before = norms[max(0, spike - BEFORE - NEIGHBORS) : max(0, spike - BEFORE)]
+        before = before[np.isfinite(before) & (before > 0)]
+        if len(before) >= _FEWEST:
+            near = norms[max(0, spike - BEFORE) : spike + 1] / np.median(before)
+            risen = np.flatnonzero(near > ROSE)
+            if risen.size:
+                rose.append((int(risen[0]), -float(np.nanmax(near)), path))
+    return {path: -height for _, height, path in sorted(rose)}
+
+
+def _spike_score(norms: np.ndarray) -> float | None:
+    known = norms[np.isfinite(norms)]
+    if len(known) <= SCORE_WINDOW:
+        return None
+    mean, deviation = (statistics.moving(f, known[:-1], SCORE_WINDOW) for f in (np.mean, np.std))
+    return float((known[SCORE_WINDOW:] > mean + SCORE_DEVIATIONS * deviation).mean())
 
 
 def _clipped(record: Record) -> np.ndarray:
@@ -221,7 +252,7 @@ def _about_spikes(record: Record, findings: Findings, usual: np.ndarray) -> str:
     count = int(findings.spikes.sum())
     if not count:
         return ""
-    said = _counted(count, "spike")
+    said = counted(count, "spike")
     at = findings.worst
     if at is None:
         return said
@@ -235,13 +266,19 @@ def _about_spikes(record: Record, findings: Findings, usual: np.ndarray) -> str:
     return said
 
 
+def about_leaves(rose_first: dict[str, float], most: int = 1) -> str:
+    """Which leaves rose first at the worst spike."""
+    named = [f"{path} ({_times(height)} its usual norm)" for path, height in rose_first.items()]
+    return f"{', then '.join(named[:most])} rose first" if named else ""
+
+
 def _about_nonfinite(record: Record, findings: Findings) -> str:
     count = int(findings.nonfinite.sum())
     if not count or not np.isfinite(record.norms).any():
         return ""
     if record.reading("nonfinite_steps") is None:
-        return f"no finite norm at {_counted(count, 'step')}"
-    return _counted(count, "gradient") + " not finite"
+        return f"no finite norm at {counted(count, 'step')}"
+    return counted(count, "gradient") + " not finite"
 
 
 def _about_clips(record: Record, findings: Findings) -> str:
@@ -251,8 +288,8 @@ def _about_clips(record: Record, findings: Findings) -> str:
     if not count and record.has_norms:
         return f"none of the {len(finite):,} norms is finite"
     if not count:
-        return f"no norms in the log of {_counted(len(finite), 'step')}"
-    steps = _counted(count, "step" if finite.all() else "finite step")
+        return f"no norms in the log of {counted(len(finite), 'step')}"
+    steps = counted(count, "step" if finite.all() else "finite step")
     share = findings.clipped.sum() / count
     thresholds = record.reading("threshold")
     has_threshold = thresholds is not None and np.isfinite(thresholds).any()
@@ -279,11 +316,11 @@ def _about_norms(norms: np.ndarray) -> str:
 
 
 def _about_skips(record: Record, findings: Findings) -> str:
-    counted = record.columns.get("skip/skipped_steps")
-    count = findings.skipped.sum() if counted is None else (_last_finite(counted) or 0)
+    total = record.columns.get("skip/skipped_steps")
+    count = findings.skipped.sum() if total is None else (_last_finite(total) or 0)
     if count:
-        return _counted(int(count), "step") + " skipped"
-    steps = _counted(len(findings.steps), "step")
+        return counted(int(count), "step") + " skipped"
+    steps = counted(len(findings.steps), "step")
     return f"none of {steps} skipped" if record.prefix.startswith("skip") else ""
 
 
@@ -301,10 +338,6 @@ def _about_last_loss(findings: Findings) -> str:
 def _last_finite(column: np.ndarray | None) -> float | None:
     finite = np.array([]) if column is None else column[np.isfinite(column)]
     return float(finite[-1]) if finite.size else None
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def _times(ratio: float) -> str:

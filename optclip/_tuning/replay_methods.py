@@ -1,6 +1,5 @@
 """Which methods can be replayed on recorded norms, which cannot and why, and how one is driven."""
 
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,12 +11,15 @@ import optax
 import optclip
 from optclip import catalogue
 from optclip._tuning import statistics, suggestion_text
-from optclip._tuning.records import Record
+from optclip._tuning.log import Record
 from optclip._tuning.wording import LogError, number
 from optclip.clipping import NO_PARAMS_MSG
+from optclip.methods.safeguard import SafeguardState
 
 FIXED = "clip_by_global_norm"
 """What stands beside the methods that learn, with the threshold that was suggested."""
+
+NO_PARAMS = "takes the parameters, which were not recorded"
 
 NO_LEAVES = (
     "takes the norm of each leaf, and none were recorded; record a run with "
@@ -29,6 +31,9 @@ LEAST, MOST = 1e-30, 1e30
 
 NEARLY, WITHIN = 0.95, 0.01
 """At this share of the steps the norms of the leaves have to make up the norm, to so much of it."""
+
+LARGE = 1e30
+"""Parameters for `safeguard`, whose bound then never acts: the norms cannot tell when it would."""
 
 
 class Chosen(NamedTuple):
@@ -58,11 +63,7 @@ class Trace(NamedTuple):
 
 
 def need_replayable(record: Record) -> None:
-    """Refuses a record whose norms cannot be replayed.
-
-    Raises:
-        LogError: With one line that says why.
-    """
+    """Refuses a record whose norms cannot be replayed, with a `LogError` that says why."""
     ordinary = record.norms[statistics.finite_positive(record.norms)]
     if not ordinary.size:
         raise LogError(suggestion_text.nothing(record.norms, record.source, "replay"))
@@ -83,84 +84,68 @@ def choose(methods: Any, record: Record, threshold: float) -> Chosen:
         threshold: Of the fixed clip that stands beside the learned ones.
 
     Raises:
-        ValueError: With one line, for what is neither.
+        LogError: With one line, for what is neither.
     """
+    chosen = Chosen({}, {})
     if isinstance(methods, Mapping):
-        return _of_mapping(methods, record)
-    if methods is None:
-        fixed = optclip.clip_by_global_norm(threshold)
-        chosen = _of_names((x.name for x in catalogue.methods()), record)
-        why = {name: x for name, x in chosen.not_replayed.items() if name != FIXED}
-        return Chosen({f"{FIXED}({threshold:.3g})": (fixed, False)} | chosen.methods, why)
-    if isinstance(methods, str) or not isinstance(methods, Iterable):
+        asked = dict(methods)
+    elif methods is None:
+        asked = {f"{FIXED}({threshold:.3g})": optclip.clip_by_global_norm(threshold)}
+        asked |= _with_defaults(catalogue.methods(), chosen.not_replayed)
+        del chosen.not_replayed[FIXED]
+    elif isinstance(methods, str) or not isinstance(methods, Iterable):
         raise LogError(
             f"methods must be a list of names or a mapping from name to transformation, got "
             f"{methods!r}; pass ['robust_clip', 'zclip'], or leave it out for all"
         )
-    return _named_methods(methods, record)
-
-
-def _named_methods(names: Iterable[Any], record: Record) -> Chosen:
-    known = [method.name for method in catalogue.methods()]
-    listed = list(names)
-    for name in listed:
-        if name not in known:
-            learned = [x for x in known if isinstance(_by_leaf(x), bool)]
-            raise LogError(
-                f"no method to replay is called {name!r}; there are {', '.join(learned)}, and any "
-                "transformation in a mapping: {'mine': optclip.robust_clip(deviations=3.0)}"
-            )
-        method = catalogue.named(name)
-        if method.needs and method.family != "relative":
-            raise LogError(f"{name} {_by_leaf(name)}")
-    return _of_names(listed, record)
-
-
-def _of_names(names: Iterable[str], record: Record) -> Chosen:
-    chosen = Chosen({}, {})
-    for name in names:
-        by_leaf = _by_leaf(name)
-        if isinstance(by_leaf, str):
-            chosen.not_replayed[name] = by_leaf
-        elif by_leaf and (why := _without_leaves(record)):
-            chosen.not_replayed[name] = why
+    else:
+        asked = _with_defaults(map(_named, methods), chosen.not_replayed)
+    for name, transform in asked.items():
+        known = not isinstance(methods, Mapping)  # all of those measure the 2-norm
+        by_leaf = _by_memory(transform) if known else _tried_out(name, transform, record)
+        why = _without_leaves(record) if by_leaf is True else by_leaf
+        if why:
+            chosen.not_replayed[name] = str(why)
         else:
-            chosen.methods[name] = (_with_defaults(catalogue.named(name)), by_leaf)
+            chosen.methods[name] = (transform, bool(by_leaf))
     return chosen
 
 
-@functools.cache
-def _by_leaf(name: str) -> bool | str:
-    """Whether a method takes the norm of each leaf; or why it is not replayed with its defaults.
-
-    From the shapes of what it remembers: trying all of them out would take longer than the replay.
-    """
-    method = catalogue.named(name)
-    if method.family == "relative":
-        return "takes the parameters, which were not recorded"
-    if method.needs:
-        arguments = ", ".join("labels" if x == "labels" else "1.0" for x in method.needs)
-        return (
-            f"has no default for {' and '.join(method.needs)}; "
-            f"pass {{'mine': optclip.{name}({arguments})}}"
+def _named(name: Any) -> catalogue.Method:
+    known = {method.name: method for method in catalogue.methods()}
+    if name not in known:
+        raise LogError(
+            f"no method to replay is called {name!r}; there are {', '.join(known)}, and any "
+            "transformation in a mapping: {'mine': optclip.robust_clip(deviations=3.0)}"
         )
-    if method.family == "fixed":
-        return "learns no threshold"
-    transform, entry = _with_defaults(method), jnp.zeros(1)
-    try:
-        jax.eval_shape(lambda x: transform.update(x, transform.init(x)), {"a": entry})
-    except ValueError as error:
-        if str(error) != NO_PARAMS_MSG:
-            raise
-        return "takes the parameters, which were not recorded; pass the clip alone"
-    if _memory_differs(transform, {"a": entry}, {"a": jnp.zeros(2)}):
-        return "takes single entries of the gradient"
-    return _memory_differs(transform, {"a": entry}, {"a": entry, "b": entry})
+    method = known[name]
+    if method.needs and method.family != "relative":
+        raise LogError(f"{name} {_needs(method)}")
+    return method
 
 
-def _with_defaults(method: catalogue.Method) -> optax.GradientTransformation:
-    function = getattr(optclip, method.name)
-    return function(optax.identity()) if method.wraps else function()
+def _needs(method: catalogue.Method) -> str:
+    arguments = ", ".join("labels" if x == "labels" else "1.0" for x in method.needs)
+    needs = " and ".join(method.needs)
+    return f"has no default for {needs}; pass {{'mine': optclip.{method.name}({arguments})}}"
+
+
+def _with_defaults(
+    methods: Iterable[catalogue.Method], not_replayed: dict[str, str]
+) -> dict[str, Any]:
+    """The methods with their defaults; why not, of those that have none or learn nothing."""
+    asked = {}
+    for method in methods:
+        if method.family == "relative":
+            not_replayed[method.name] = NO_PARAMS
+        elif method.needs:
+            not_replayed[method.name] = _needs(method)
+        elif method.family == "fixed":
+            not_replayed[method.name] = "learns no threshold"
+        else:
+            function = getattr(optclip, method.name)
+            asked[method.name] = function(optax.identity()) if method.wraps else function()
+    return asked
 
 
 def _without_leaves(record: Record) -> str | None:
@@ -184,53 +169,47 @@ def _without_leaves(record: Record) -> str | None:
     )
 
 
-def _of_mapping(methods: Mapping[str, Any], record: Record) -> Chosen:
-    chosen = Chosen({}, {})
-    for name, transform in methods.items():
-        if not (hasattr(transform, "init") and hasattr(transform, "update")):
-            raise LogError(
-                f"methods[{name!r}] must be a transformation, such as optclip.robust_clip(), got "
-                f"{transform!r}"
-            )
-        by_leaf = _takes_leaves(transform, record)
-        if isinstance(by_leaf, str):
-            chosen.not_replayed[name] = by_leaf
-        elif by_leaf and (why := _without_leaves(record)):
-            chosen.not_replayed[name] = why
-        else:
-            chosen.methods[name] = (transform, by_leaf)
-    return chosen
+def _by_memory(transform: Any) -> bool | str:
+    """Whether a rule takes the norm of each leaf, by the shapes of what it remembers."""
+    if _memory_differs(transform, {"a": jnp.ones(1)}, {"a": jnp.ones(2)}):
+        return "takes single entries of the gradient"
+    return _memory_differs(transform, {"a": jnp.ones(1)}, {"a": jnp.ones(1), "b": jnp.ones(1)})
 
 
-def _takes_leaves(transform: Any, record: Record) -> bool | str:
+def _tried_out(name: str, transform: Any, record: Record) -> bool | str:
     """Whether a transformation takes the norm of each leaf; or why it cannot be replayed.
 
-    It is tried out on two leaves whose norms are known: what it reads tells what it measures.
+    It is tried out on two leaves, far above any threshold: what it reads tells what it measures.
     """
+    if not (hasattr(transform, "init") and hasattr(transform, "update")):
+        raise LogError(
+            f"methods[{name!r}] must be a transformation, such as optclip.robust_clip(), got "
+            f"{transform!r}"
+        )
     paths = list(dict.fromkeys((*record.leaf_norms, "a", "b")))[:2]
     entries = (jnp.array([3e15, 4e15]), jnp.array([12e14, 0.0]))
     gradient = dict(zip(paths, entries, strict=True))
     try:
-        state = transform.init(gradient)
-        _, state = jax.jit(transform.update)(gradient, state)
+        state = transform.init(_params(gradient))
+        _, state = jax.jit(transform.update)(gradient, state, *_params_of(state, gradient))
     except (ValueError, KeyError) as error:
         if str(error) == NO_PARAMS_MSG:
-            return "takes the parameters, which were not recorded; pass the clip alone"
+            return f"{NO_PARAMS}; pass the clip alone"
         return f"cannot be tried out: {' '.join(str(error).split())[:200]}"
     read = jax.device_get(optclip.metrics(state))
-    norm = _named(read, "norm")[0]
+    norm = _readings(read, "norm")[0]
     if norm is None:
         return "keeps no readings of a clip; pass one of optclip's transformations"
     if not np.isclose(norm, np.hypot(5e15, 12e14), rtol=1e-5):
         return "measures another norm than the 2-norm of the gradient, or of each leaf"
-    factor, clipped = _named(read, "factor")[0], _named(read, "clipped_norm")[0]
+    factor, clipped = _readings(read, "factor")[0], _readings(read, "clipped_norm")[0]
     together = factor is None or np.isclose(factor * norm, clipped, rtol=1e-4)
+    # A rule that warms up has not clipped yet, but what it remembers has a number for each leaf.
     first = dict(list(gradient.items())[:1])
     return not together or _memory_differs(transform, first, gradient)
 
 
-def _memory_differs(transform: Any, *trees: Mapping[str, Any]) -> bool:
-    """Whether what its clips remember has other shapes for one tree than for the other."""
+def _memory_differs(transform: Any, *trees: Any) -> bool:
     one, other = (_memory_shapes(jax.eval_shape(transform.init, tree)) for tree in trees)
     return one != other
 
@@ -241,22 +220,26 @@ def _memory_shapes(state: Any) -> list[tuple[int, ...]]:
     return [leaf.shape for clip in clips for leaf in jax.tree.leaves(clip.memory)]
 
 
-def _named(readings: Mapping[str, Any], name: str) -> list[Any]:
+def _params(gradient: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.full_like(x, LARGE), gradient)
+
+
+def _params_of(state: Any, gradient: Any) -> tuple[Any, ...]:
+    """Parameters, only for `safeguard`: without them a clip that needs them is found out."""
+    is_safeguard = lambda node: isinstance(node, SafeguardState)  # noqa: E731
+    nodes = jax.tree.leaves(state, is_leaf=is_safeguard)
+    return (_params(gradient),) if any(map(is_safeguard, nodes)) else ()
+
+
+def _readings(readings: Mapping[str, Any], name: str) -> list[Any]:
     """That reading of every clip in the order of the chain, then of a skip; [None] for none."""
-    numbers = [key for key in readings if key.startswith("clip/") and key.endswith(f"/{name}")]
-    plain = [key for key in numbers if key in (f"clip/{name}", *_numbered(name, len(numbers)))]
-    skip = [f"skip/{name}"] if f"skip/{name}" in readings else []
-    return [readings[key] for key in plain + skip] or [None]
-
-
-def _numbered(name: str, count: int) -> Iterable[str]:
-    return (f"clip/{place}/{name}" for place in range(count))
+    places = sum(key.startswith("clip/") and key.endswith(f"/{name}") for key in readings)
+    keys = (f"clip/{name}", *(f"clip/{at}/{name}" for at in range(places)), f"skip/{name}")
+    return [readings[key] for key in keys if key in readings] or [None]
 
 
 def drive(transform: Any, norms: np.ndarray, leaf_norms: Mapping[str, np.ndarray]) -> Trace:
-    """Runs a transformation over gradients with one entry, or one in each leaf.
-
-    One jitted scan over the steps.
+    """Runs a transformation over gradients with one entry, or one in each leaf: one jitted scan.
 
     Args:
         transform: The transformation.
@@ -267,13 +250,13 @@ def drive(transform: Any, norms: np.ndarray, leaf_norms: Mapping[str, np.ndarray
     by_leaf = bool(leaf_norms)
 
     def step(state: Any, gradient: Any) -> tuple[Any, tuple[jax.Array, ...]]:
-        _, state = transform.update(gradient, state)
+        _, state = transform.update(gradient, state, *_params_of(state, gradient))
         return state, _what_it_did(optclip.metrics(state), by_leaf)
 
     @jax.jit
     def through(stream: Any) -> tuple[jax.Array, ...]:
-        first = jax.tree.map(lambda x: jnp.zeros_like(x[0]), stream)
-        return jax.lax.scan(step, transform.init(first), stream)[1]
+        first = jax.tree.map(lambda x: x[0], stream)
+        return jax.lax.scan(step, transform.init(_params(first)), stream)[1]
 
     thresholds, outputs, clipped = (np.asarray(x) for x in through(stream))
     return Trace(thresholds.astype(np.float64), outputs.astype(np.float64), clipped)
@@ -288,14 +271,14 @@ def _entries(norms: np.ndarray) -> jax.Array:
 
 def _what_it_did(readings: Mapping[str, Any], by_leaf: bool) -> tuple[jax.Array, ...]:
     """(threshold, norm that came out, whether it was clipped)."""
-    thresholds, all_norms = _named(readings, "threshold"), _named(readings, "norm")
+    thresholds, all_norms = _readings(readings, "threshold"), _readings(readings, "norm")
     threshold = jnp.min(jnp.stack(thresholds))
     skipping = readings.get("skip/skipping", jnp.zeros([], bool))
-    clips = [x for x in _named(readings, "clipped_norm") if x is not None]
+    clips = [x for x in _readings(readings, "clipped_norm") if x is not None]
     norm = all_norms[-1] if "skip/norm" in readings else all_norms[0]
     output = jnp.where(skipping, 0, clips[-1] if clips else norm)
     if by_leaf:
-        clipped = jnp.min(jnp.stack(_named(readings, "factor"))) < 1
+        clipped = jnp.min(jnp.stack(_readings(readings, "factor"))) < 1
     else:
         pairs = zip(all_norms, thresholds, strict=True)
         clipped = jnp.any(jnp.stack([of > most for of, most in pairs]))

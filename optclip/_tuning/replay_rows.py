@@ -8,7 +8,7 @@ import numpy as np
 
 from optclip._tuning import statistics
 from optclip._tuning.findings import SPIKE_TIMES
-from optclip._tuning.records import Record
+from optclip._tuning.log import Record
 from optclip._tuning.replay_methods import Trace
 from optclip._tuning.suggesting import Suggestion
 
@@ -175,7 +175,7 @@ def rise_of(norms: np.ndarray) -> int | None:
     width = min(WINDOW, len(values) // 4)
     if width < 8:
         return None
-    medians = statistics.moving_median(values, width)
+    medians = statistics.moving(np.median, values, width)
     before, after = medians[: len(values) - 2 * width + 1], medians[width:]
     ratio = after / before
     best = int(np.argmax(ratio))
@@ -188,5 +188,5 @@ def rise_of(norms: np.ndarray) -> int | None:
     nearby = range(max(width, best), min(best + 2 * width, len(values) - width) + 1)
     sides = [above[at : at + width].sum() - above[at - width : at].sum() for at in nearby]
     at = nearby[int(np.argmax(sides))]
-    lasting = statistics.moving_median(values[at:], width).min() > middle
+    lasting = statistics.moving(np.median, values[at:], width).min() > middle
     return int(places[at]) if lasting else None

@@ -15,8 +15,8 @@ from optclip._tuning import (
     statistics,
 )
 from optclip._tuning.findings import look_at
+from optclip._tuning.log import Record, read_log
 from optclip._tuning.plain import plain
-from optclip._tuning.records import Record, read
 from optclip._tuning.replay_rows import Replayed, in_steps, rise_of, row_of
 from optclip._tuning.states import counts_in
 from optclip._tuning.suggesting import suggest_threshold
@@ -42,16 +42,13 @@ class Replay(Replayed):
         methods = ", ".join(row.method for row in self.rows)
         return f"<Replay of {len(self.record.norms):,} steps of {self.record.source}: {methods}>"
 
-    def table(self, width: int | None = None) -> Any:
+    def table(self) -> Any:
         """The figures as a `rich.table.Table`.
-
-        Args:
-            width: For how many letters in a line; None: for as many as the terminal has.
 
         Raises:
             ImportError: If rich is not installed.
         """
-        return replay_table.table(self, width)
+        return replay_table.table(self)
 
     def draw(self, path: str | os.PathLike[str]) -> Path:
         """Draws the norms and the threshold of each method; answers with the path of the PNG.
@@ -102,10 +99,12 @@ def replay(
     later norms would have been others.
 
     Args:
-        source: What `suggest_threshold` takes, but for histograms, which know no order.
+        source: What `read_log` takes. A histogram knows no order, and cannot be replayed.
         methods: A mapping from name to transformation, which has to be a clip of optclip or have
             one in it; or names of methods, with their defaults; or None for all methods that learn
-            a threshold and the fixed one that `suggest_threshold` finds.
+            a threshold, the wrappers among them, and the fixed one that `suggest_threshold` finds.
+            Of `safeguard` it is the clip before the optimizer that is replayed: when its bound acts
+            norms cannot tell.
         norm_key: The name of the norm in a log, where it is none of the usual ones.
 
     Returns:
@@ -131,7 +130,7 @@ def replay(
             "a histogram does not know the order of the norms, which a replay needs; log "
             "optclip.metrics(opt_state) at every step"
         )
-    record = read(source, norm_key)
+    record = read_log(source, norm_key=norm_key)
     replay_methods.need_replayable(record)
     suggestion = suggest_threshold(record)
     chosen = replay_methods.choose(methods, record, suggestion.backtest.threshold)

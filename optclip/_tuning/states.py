@@ -22,11 +22,15 @@ class HistogramCounts(NamedTuple):
     Attributes:
         norms: The norm that stands for each, ascending; positive and finite.
         counts: How many steps had it.
+        nonfinite: How many gradients were not finite; 0 where the state does not tell.
+        clip_rate: Share of the steps that the clip in the same state clipped; 0 without one.
         notes: What a reader should know.
     """
 
     norms: np.ndarray
     counts: np.ndarray
+    nonfinite: int
+    clip_rate: float
     notes: tuple[str, ...]
 
 
@@ -41,7 +45,8 @@ def counts_in(source: Any) -> HistogramCounts | None:
     clips = list(_clips_in(source))
     found = [clip for clip in clips if isinstance(_memory(clip), NormHistogram)]
     if found:
-        return _counted(found[0], len(found))
+        rates = [float(array_in(x.clip_rate)) for x in clips if isinstance(x, ClipState)]
+        return _counted(found[0], len(found), max(rates, default=0.0))
     if clips:
         raise LogError(
             "no clip in this state keeps the norms of its steps; put "
@@ -79,7 +84,7 @@ def _memory(clip: Any) -> Any:
     return clip if isinstance(clip, NormHistogram) else getattr(clip, "memory", None)
 
 
-def _counted(clip: Any, found: int) -> HistogramCounts:
+def _counted(clip: Any, found: int, clip_rate: float) -> HistogramCounts:
     counts = np.asarray(array_in(_memory(clip).counts), np.int64)
     if counts.shape != (histograms.BINS,):
         raise LogError(
@@ -87,7 +92,8 @@ def _counted(clip: Any, found: int) -> HistogramCounts:
             "several runs or replicas pass one, or what optclip.histograms.merged makes of them"
         )
     notes = [f"the first of {found} histograms in the state was read"] if found > 1 else []
-    if isinstance(clip, ClipState) and (infinite := int(array_in(clip.nonfinite_steps))):
+    infinite = int(array_in(clip.nonfinite_steps)) if isinstance(clip, ClipState) else 0
+    if infinite:
         notes.append(f"not finite, and left out: {infinite:,} of the gradients")
     norms = histograms.middles()
     known = (counts > 0) & (norms > 0) & np.isfinite(norms)
@@ -95,4 +101,4 @@ def _counted(clip: Any, found: int) -> HistogramCounts:
         notes.append(f"below 2^-64 or from 2^64 on, and left out: {outside:,} of the norms")
     if not known.any():
         raise LogError("the histogram is empty, so there is nothing to choose from; train first")
-    return HistogramCounts(norms[known], counts[known], tuple(notes))
+    return HistogramCounts(norms[known], counts[known], infinite, clip_rate, tuple(notes))

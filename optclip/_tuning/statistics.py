@@ -5,6 +5,7 @@ times as large give the same answer a million times as large.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -68,13 +69,13 @@ class NormStatistics(NamedTuple):
             in no order.
         spread: Deviation of the log norm above the level of its part.
         interval: Between which factors of itself the level plus so many deviations lies, as far as
-            the run can tell (95%).
+            the run can tell (95%); None where the order is not known.
     """
 
     sample: Sample
     levels: np.ndarray
     spread: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
 
     @property
     def level(self) -> float:
@@ -98,22 +99,15 @@ def statistics_of_norms(norms: np.ndarray, deviations: float) -> NormStatistics:
     levels = np.array([np.median(part) for part in parts])
     above = np.concatenate([np.log(part / m) for part, m in zip(parts, levels, strict=True)])
     spread = _guarded(_upper(above), len(norms))
-    few = len(parts) == 1
-    interval = (
-        _interval_of_few(spread, len(norms), deviations)
-        if few
-        else _interval_of_parts(parts, deviations)
-    )
-    return NormStatistics(Sample(*np.unique(norms, return_counts=True)), levels, spread, interval)
+    sample = Sample(*np.unique(norms, return_counts=True))
+    return NormStatistics(sample, levels, spread, _interval(parts, deviations))
 
 
-def statistics_of_norms_counts(sample: Sample, deviations: float) -> NormStatistics:
+def statistics_of_counts(sample: Sample) -> NormStatistics:
     """The same of norms whose order is not known."""
     level = sample.quantile(0.5)
     spread = _guarded(math.log(sample.quantile(0.75) / level), sample.size)
-    return NormStatistics(
-        sample, np.array([level]), spread, _interval_of_few(spread, sample.size, deviations)
-    )
+    return NormStatistics(sample, np.array([level]), spread, None)
 
 
 def _upper(values: np.ndarray) -> float:
@@ -148,14 +142,14 @@ def relative_norms(norms: np.ndarray, relative_norm: np.ndarray) -> np.ndarray:
     return norms / np.median(norms[finite_positive(norms)])
 
 
-def moving_median(norms: np.ndarray, width: int) -> np.ndarray:
-    """The median of each row of so many neighbors: one less than `width` fewer than norms."""
-    windows = np.lib.stride_tricks.sliding_window_view(norms, width)
+def moving(reduce: Callable[..., np.ndarray], values: np.ndarray, width: int) -> np.ndarray:
+    """The median, mean, ... of each row of so many neighbors: `width - 1` fewer than values."""
+    windows = np.lib.stride_tricks.sliding_window_view(values, width)
     parts = range(0, len(windows), _AT_ONCE)
-    return np.concatenate([np.median(windows[at : at + _AT_ONCE], axis=1) for at in parts])
+    return np.concatenate([reduce(windows[at : at + _AT_ONCE], axis=1) for at in parts])
 
 
-def _interval_of_parts(parts: list[np.ndarray], deviations: float) -> tuple[float, float]:
+def _interval(parts: list[np.ndarray], deviations: float) -> tuple[float, float]:
     """By a bootstrap of blocks within each part: norms of neighboring steps are alike."""
     random = np.random.default_rng(0)
     logs = [np.log(part[:: max(1, len(part) * len(parts) // _MOST)]) for part in parts]
@@ -175,21 +169,3 @@ def _resampled(values: np.ndarray, random: np.random.Generator) -> np.ndarray:
     starts = random.integers(count, size=(_RESAMPLES, math.ceil(count / block), 1))
     places = (starts + np.arange(block)).reshape(_RESAMPLES, -1)[:, :count]
     return values[places % count]
-
-
-def _interval_of_few(spread: float, count: int, deviations: float) -> tuple[float, float]:
-    """The same as it would be for independent norms with a log-normal distribution."""
-    # Deviations of median and upper quartile, times the root of the count, and their correlation.
-    of_level, of_upper, together = 1.253, 1.363, 0.577
-    weight = deviations / UPPER_QUARTILE
-    a, b = (1 - weight) * of_level, weight * of_upper
-    deviation = math.sqrt(a * a + b * b + 2 * together * a * b) * spread / math.sqrt(count)
-    return math.exp(-1.96 * deviation), math.exp(1.96 * deviation)
-
-
-def interval_of_share(share: float, count: int) -> tuple[float, float]:
-    """Wilson's interval, of 95%, for the probability behind a share of so many steps."""
-    z2 = 1.96**2
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2))) / (1 + z2 / count)
-    return max(middle - half, 0.0), min(middle + half, 1.0)

@@ -4,18 +4,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from optclip._tuning.records import LOSS_KEYS, Record
-from optclip._tuning.statistics import FEWEST, NormStatistics
-from optclip._tuning.wording import number, percent
+from optclip._tuning.log import Record
+from optclip._tuning.statistics import NormStatistics
+from optclip._tuning.wording import counted, number, percent
 
-MANY_CLIPPED = 0.1
-"""Share of clipped steps from which on the notes say that the run was clipped."""
+HELD: dict[str, tuple[int, int]] = {}
+"""Of how many runs of `benchmarks.suggested_thresholds` with a verdict (second number) the answer
+ended within 5% of the best of its sweep in so many (first number)."""
 
-
-FEW_CLIPPED = 0.05
-"""Share of clipped steps, but for spikes, up to which they are called few."""
-
-_QUARTERS = ("first", "second", "third", "last")
+CLIPPED, MOST_CLIPPED = 0.1, 0.5
+"""A run of which a larger share of the steps was clipped is noted as clipped; from the second on it
+shows the clip, and not its norms."""
 
 
 class Backtest(NamedTuple):
@@ -38,116 +37,89 @@ class Backtest(NamedTuple):
     worst_after: float
 
 
-def fitting(
+def reason(
+    verdict: str,
     course: NormStatistics,
-    threshold: float,
-    deviations: float,
-    most_drift: float,
-    late: bool,
-    few: bool,
+    backtest: Backtest,
+    count: int,
+    spikes: int,
+    clipped: float,
+    diverged: str | None,
 ) -> str:
-    """Why this threshold.
-
-    Args:
-        course: Of the norms.
-        threshold: The threshold.
-        deviations: How many of the noise it lies above the typical norm.
-        most_drift: Up to which one threshold fits.
-        late: Whether the first tenth of the run was left out.
-        few: Whether it clips few steps but spikes.
-    """
-    typical = number(course.level) + (" after the first tenth of the run" if late else "")
-    said = (
-        f"That is {threshold / course.level:.2f} times the typical norm of {typical}, "
-        f"{deviations:g} deviations above it"
-    )
-    if few:
-        said += ", so it clips spikes and few other steps"
-    if course.drift is None:
-        return f"{said}."
-    then = "it" if late else "the typical norm"
+    """Why this is the answer; the arguments are what it was decided from."""
+    if diverged is not None:
+        return (
+            f"The run diverged ({diverged}) before a typical norm could be told; safeguard holds "
+            "spikes and bounds each update relative to the parameters. A smaller learning rate may "
+            "be all that is missing."
+        )
+    if verdict == "too short":
+        return f"It has {counted(count, 'norm')} to go by; a hundred or more are enough."
+    if verdict == "clipped":
+        return (
+            f"{percent(clipped)} of its steps were clipped, so its norms are those of a run whose "
+            "step is as long as the clip lets it be: a smaller learning rate in disguise. If it "
+            "trains well, nothing is wrong; if it is slow, raise the threshold."
+        )
+    if verdict == "spikes":
+        worst = f"{number(backtest.worst_before)} times the usual"
+        what = f"{counted(spikes, 'spike')}, the worst {worst} norm" if spikes else ""
+        return (
+            f"{what or f'The largest norm is {worst} one'}: safeguard holds each to about the "
+            "usual norm by a threshold that it learns, and bounds what it may do to the parameters."
+        )
+    if verdict == "level moves":
+        return _moving(course, backtest)
     return (
-        f"{said}; over the run {then} moves by a factor of {course.drift:.1f}, and one "
-        f"threshold fits up to {most_drift:g}."
+        f"No norm stands out (the largest is {number(backtest.worst_before)} times the usual one) "
+        + (
+            f"and the typical norm of {number(course.level)} moves by no more than a factor of "
+            f"{number(course.drift)}."
+            if course.drift
+            else f"from the typical norm of {number(course.level)}."
+        )
     )
 
 
-def moving(course: NormStatistics, backtest: Backtest, most_drift: float) -> str:
-    """Why no fixed one."""
+def _moving(course: NormStatistics, backtest: Backtest) -> str:
+    if course.drift is None:
+        low, high = course.sample.quantile(0.1), course.sample.quantile(0.9)
+        return (
+            f"A tenth of the norms are below {number(low)} and a tenth above {number(high)}, so "
+            "that no fixed threshold fits; safeguard learns one that follows them. Whether that is "
+            "noise or a level that moves a histogram cannot tell."
+        )
     change = course.levels[-1] / course.levels[0]
     how = "rises" if change > 2 else "falls" if change < 0.5 else "moves"
-    quarters = ", ".join("-" if x is None else percent(x) for x in backtest.quarters)
-    lowest = backtest.threshold / course.levels.min()
+    at_most, at_least = course.levels.max(), course.levels.min()
+    low, high = (number(backtest.threshold / level) for level in (at_most, at_least))
     return (
-        f"A fixed threshold does not fit: the typical norm {how} by a factor of "
-        f"{number(course.drift or 1.0)} over the run (more than {most_drift:g}), so that "
-        f"{number(backtest.threshold)} would have clipped {quarters} of its quarters, and let "
-        f"{number(lowest)} times the typical norm through where that is smallest; robust_clip "
-        "follows it."
+        f"The typical norm {how} by a factor of {number(course.drift)} over the run, so that no "
+        f"fixed threshold fits: {number(backtest.threshold)} is {low} times the usual norm at one "
+        f"time and {high} times at another. safeguard learns one that follows it."
     )
 
 
-def diverged(step: int, last: int) -> str:
-    """Why no threshold can be told from a run that diverged."""
-    return (
-        f"The run diverged (no finite norm from step {step:,} of {last:,} on) before a typical "
-        "norm could be told; safeguard holds spikes and bounds each update relative to the "
-        "parameters, or record a run with a smaller learning rate."
-    )
-
-
-def too_few(count: int) -> str:
-    """What an answer from so few steps begins with."""
-    return f"{_steps(count)} {'is' if count == 1 else 'are'} too few to tell"
-
-
-def last_finite(step: int, last: int) -> str:
-    """A note on a run that diverged after its typical norm was known."""
-    return (
-        f"the run diverged: no finite norm from step {step:,} of {last:,} on; the threshold is "
-        "that of the steps before"
-    )
-
-
-def describe(backtest: Backtest) -> str:
-    """How a fixed threshold would have done."""
-    said = f"On this run it would have clipped {percent(backtest.clip_rate)} of the steps"
+def would(backtest: Backtest) -> str:
+    """What a fixed threshold would have done."""
+    said = f"would have clipped {percent(backtest.clip_rate)} of the steps"
     shares = [share for share in backtest.quarters if share is not None]
-    if len(shares) == len(_QUARTERS) and any(shares):
-        most = max(range(len(shares)), key=shares.__getitem__)
-        if backtest.clip_rate > FEW_CLIPPED and shares[most] > 0.5 * sum(shares):
-            said += f", most of them in the {_QUARTERS[most]} quarter"
-        said += f" ({', '.join(map(percent, shares))} by quarter)"
-    if backtest.worst_after < backtest.worst_before:
-        said += (
-            f" and brought the worst from {number(backtest.worst_before)} to "
-            f"{number(backtest.worst_after)} times the norms around it"
-        )
-    return f"{said}."
+    if shares and max(shares) > 0.05 and max(shares) > 0.5 * sum(shares):
+        place = ("first", "second", "third", "last")[backtest.quarters.index(max(shares))]
+        said += f", most of them in the {place} quarter of the run,"
+    before, after = number(backtest.worst_before), number(backtest.worst_after)
+    return f"{said} and left the worst at {after} times the usual norm instead of {before}."
 
 
-def uncertainty(course: NormStatistics, threshold: float, ordered: bool = True) -> str | None:
+def uncertainty(course: NormStatistics, threshold: float) -> str | None:
     """How unsure the threshold is; None where that is not worth a word."""
+    if course.interval is None:
+        return None
     low, high = (threshold * factor for factor in course.interval)
-    count = course.sample.size
-    known = f"the threshold is known to lie between {number(low)} and {number(high)}"
-    if count < FEWEST:
-        return f"{too_few(count)}: from them {known}; record a hundred or more."
-    said = f"From {_steps(count)} {known}"
-    if not ordered:
-        return f"{said}; whether the typical norm drifts a histogram cannot tell."
-    if course.drift is None:
-        return f"{said}; to tell whether the typical norm drifts, record a hundred steps or more."
-    return f"{said}." if high > 1.1 * low else None
-
-
-def _steps(count: int) -> str:
-    return f"{count:,} step{'' if count == 1 else 's'}"
-
-
-def sentence(note: str) -> str:
-    """A note as a sentence of its own."""
-    return f"{note[:1].upper()}{note[1:]}{'' if note.endswith('?') else '.'}"
+    if high <= 1.1 * low:
+        return None
+    steps = counted(course.sample.size, "step")
+    return f"From {steps} it is known to lie between {number(low)} and {number(high)}."
 
 
 def notes(record: Record) -> list[str]:
@@ -162,11 +134,9 @@ def notes(record: Record) -> list[str]:
     factor = record.reading("factor")
     known = np.zeros(0) if factor is None else factor[np.isfinite(factor)]
     clipped = float((known < 1).mean()) if known.size else 0.0
-    if clipped > MANY_CLIPPED:
-        hint = "; record one with measure_norms() in place of the clip" if clipped > 0.5 else ""
+    if CLIPPED < clipped <= MOST_CLIPPED:
         said.append(
-            f"{percent(clipped)} of the steps were clipped; without that the norms would have been "
-            f"others{hint}"
+            f"{percent(clipped)} of the steps were clipped; without that norms would differ"
         )
     if _learned_nothing(record):
         said.append(
@@ -178,8 +148,7 @@ def notes(record: Record) -> list[str]:
 
 def _learned_nothing(record: Record) -> bool:
     """Whether the loss of the last tenth is above that of the first, by two standard errors."""
-    loss = next((record.columns[key] for key in LOSS_KEYS if key in record.columns), np.zeros(0))
-    known = loss[np.isfinite(loss)]
+    known = np.zeros(0) if record.loss is None else record.loss[np.isfinite(record.loss)]
     tenth = len(known) // 10
     if tenth < 3:
         return False

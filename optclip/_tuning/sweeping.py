@@ -1,7 +1,5 @@
 """`sweep`: the final loss for every threshold and seed, all from one compiled step."""
 
-import contextlib
-import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optclip._tuning import sweep_runs
 from optclip._tuning.sweep_result import Sweep
-from optclip._tuning.sweep_runs import Batch, State, SweepSpec, kind
+
+State = Any
+Batch = Any
 
 LAST = 0.1
 """Share of the steps at the end whose mean training loss is the final loss."""
+FETCH_EVERY = 20
+"""Steps between two waits for the device."""
 
 
 def sweep(
@@ -46,13 +47,13 @@ def sweep(
             compiled here, so the seed is a traced integer: for `jax.random.key`, not for numpy. A
             clip that keeps its threshold in the state (`optax.inject_hyperparams`) takes it here.
         batches: (seed, number of the step from 0 on) -> batch, arrays. A function of the two alone:
-            it is called for every threshold, and for a trial.
+            it is called again for every threshold.
         steps: How many steps each run takes.
         evaluate: state -> final loss; compiled here. Default: the mean training loss of the last
             tenth of the steps.
-        vectorize: True runs them all in one `vmap`, False one after the other. Default: whichever
-            takes less time over three steps (a `vmap` of convolutions on a CPU mostly does not),
-            and one after the other where the states of all runs take more than 1 GiB.
+        vectorize: True runs them all in one `vmap`, False one after the other, which needs the
+            memory of one run. Default: one after the other on a CPU, where a `vmap` mostly is no
+            faster; one `vmap` elsewhere.
         progress: Whether to show a progress bar. Default: on a terminal.
 
     Returns:
@@ -83,75 +84,78 @@ def sweep(
     """
     for name, function in {"train_step": train_step, "init": init, "batches": batches}.items():
         if not callable(function):
-            raise ValueError(f"sweep({name}=...) must be a function, got {kind(function)}")
-    sizes, numbers = _sizes(thresholds), _numbers(seeds)
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"sweep(steps=...) must be a whole number of at least 1, got {steps!r}")
-    spec = SweepSpec(train_step, init, batches, evaluate, jnp.asarray(sizes, jnp.float32), numbers)
-    if vectorize is None:
-        ways = sweep_runs.faster(spec)
-    else:
-        ways = [sweep_runs.all_together(spec)] if vectorize else sweep_runs.one_by_one(spec)
-    together = len(ways) == 1 and len(sizes) * len(numbers) > 1
-    with _bar(steps * len(ways), progress) as bar:
-        read, final = zip(*(sweep_runs.train(way, steps, bar) for way in ways), strict=True)
-    shape = (len(sizes), len(numbers))
-    read = np.moveaxis(read[0], 0, 2) if together else np.reshape(read, (*shape, steps, 2))
-    losses = np.reshape(final, shape)
-    if evaluate is None:
-        losses = read[..., -max(1, round(LAST * steps)) :, 0].mean(axis=-1)
-    losses = np.where(np.isfinite(losses), losses, np.inf).astype(np.float64)
-    return Sweep(sizes, numbers, losses, read[..., -1, 1].astype(np.float64), together)
-
-
-def _sizes(thresholds: Iterable[float]) -> np.ndarray:
-    several: Any = thresholds
-    sizes = np.unique(np.asarray(several if _is_number(several) else list(several), np.float64))
-    if not sizes.size or np.isnan(sizes).any() or (sizes < 0).any():
+            kind = type(function).__name__
+            raise ValueError(f"sweep({name}=...) must be a function, got a {kind}")
+    listed: Any = list(thresholds) if isinstance(thresholds, Iterable) else thresholds
+    sizes = np.unique(np.asarray(listed, np.float64))
+    if not sizes.size or not (sizes >= 0).all():
         raise ValueError(
             "sweep(thresholds=...) must be numbers of at least 0, one or more (numpy.inf for no "
             f"clipping), got {sizes.tolist()}; pass numpy.geomspace(0.01, 100, 13), for example"
         )
-    limits, inside = np.finfo(np.float32), sizes[(sizes > 0) & np.isfinite(sizes)]
-    if ((inside < limits.tiny) | (inside > limits.max)).any():
-        raise ValueError(
-            f"sweep(thresholds=...) must be in the range of float32, got {inside.tolist()}"
-        )
-    return sizes
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) or getattr(x, "ndim", None) == 0
-
-
-def _numbers(seeds: Iterable[int] | int) -> tuple[int, ...]:
-    several: Any = seeds
-    if _is_number(seeds):
-        several = range(operator.index(several))
-    numbers = tuple(operator.index(number) for number in several)
-    if not numbers or not all(0 <= number < 2**31 for number in numbers):
-        raise ValueError(
-            "sweep(seeds=...) must be at least one seed, from 0 to 2**31 - 1, or how many, got "
-            f"{seeds!r}; pass 3"
-        )
-    return numbers
-
-
-def _bar(total: int, progress: bool | None) -> Any:
-    if progress is False:
-        return contextlib.nullcontext(_NoBar())
+    numbers = tuple(range(seeds) if isinstance(seeds, int) else seeds)
+    if not numbers:
+        raise ValueError(f"sweep(seeds=...) must be at least one seed, got {seeds!r}; pass 3")
+    if steps < 1:
+        raise ValueError(f"sweep(steps=...) must be at least 1, got {steps}")
     try:
         from tqdm import tqdm
     except ImportError:
-        raise ImportError(
-            'the progress bar needs tqdm: pip install "optclip[tuning]", or pass progress=False'
-        ) from None
-    # None: on a terminal only.
-    return tqdm(total=total, desc="sweep", unit="step", disable=False if progress else None)
+        raise ImportError('the progress bar needs tqdm: pip install "optclip[tuning]"') from None
+
+    def step(state: State, threshold: jax.Array, batch: Batch) -> tuple[State, jax.Array]:
+        taken = train_step(state, threshold, batch)
+        if not isinstance(taken, tuple) or len(taken) != 2:
+            raise ValueError("sweep(train_step=...) must give (state, loss) or (state, dict)")
+        state, read = taken
+        read = read if isinstance(read, dict) else {"loss": read}
+        if "loss" not in read:
+            raise ValueError(f"sweep(train_step=...) gave a dict without 'loss': {list(read)}")
+        found = read["loss"], read.get("clip/clip_rate", jnp.nan)
+        return state, jnp.stack([_number(x, "train_step") for x in found])
+
+    def final(state: State) -> jax.Array:
+        return _number(jnp.nan if evaluate is None else evaluate(state), "evaluate")
+
+    def batches_of_all(_: Any, number: int) -> Batch:
+        return jax.tree.map(lambda *x: jnp.stack(x), *(batches(seed, number) for seed in numbers))
+
+    traced = jnp.asarray(sizes, jnp.float32)
+    runs: list[Any] = [(seed, size, batches) for size in traced for seed in numbers]
+    together = jax.default_backend() != "cpu" if vectorize is None else vectorize
+    if together:
+        # States have two more dimensions in front, thresholds and seeds; batches that of the seeds.
+        runs = [(jnp.asarray(numbers), traced, batches_of_all)]
+        init = jax.vmap(jax.vmap(init, (0, None)), (None, 0))
+        step = jax.vmap(jax.vmap(step, (0, None, 0)), (0, 0, None))
+        final = jax.vmap(jax.vmap(final))
+    init, step, final = jax.jit(init), jax.jit(step), jax.jit(final)
+
+    def train(seed: Any, threshold: Any, batch_of: Callable[..., Batch]) -> tuple[Any, Any]:
+        """What was read of each step, and the final losses; the state is let go of."""
+        state, read = init(seed, threshold), []
+        for number in range(steps):
+            state, reading = step(state, threshold, batch_of(seed, number))
+            read.append(reading)
+            if len(read) % FETCH_EVERY == 0:
+                jax.block_until_ready(reading)  # The bar tells what is done, not what is queued.
+                bar.update(FETCH_EVERY)
+        bar.update(steps % FETCH_EVERY)
+        return np.stack(jax.device_get(read), axis=-1), np.asarray(final(state))
+
+    hidden = None if progress is None else not progress  # None: off but for a terminal
+    with tqdm(total=steps * len(runs), desc="sweep", unit="step", disable=hidden) as bar:
+        read, losses = zip(*(train(*run) for run in runs), strict=True)
+    read = np.reshape(read, (len(sizes), len(numbers), 2, steps)).astype(np.float64)
+    losses = np.reshape(losses, read.shape[:2]).astype(np.float64)
+    if evaluate is None:
+        losses = read[:, :, 0, -max(1, round(LAST * steps)) :].mean(axis=-1)
+    losses = np.where(np.isfinite(losses), losses, np.inf)
+    return Sweep(sizes, numbers, losses, read[:, :, 1, -1], together)
 
 
-class _NoBar:
-    """Where no progress is to be shown."""
-
-    def update(self, steps: int) -> None:
-        """Nothing."""
+def _number(x: Any, name: str) -> jax.Array:
+    if jnp.shape(x):
+        shape = f"an array of shape {jnp.shape(x)}; take its mean"
+        raise ValueError(f"sweep({name}=...) must give one number as the loss, got {shape}")
+    return jnp.asarray(x).astype(jnp.float32)

@@ -31,3 +31,8 @@ def steps_taken(steps: float | None) -> str:
     if steps is None:
         return "-"
     return f"{steps:,.0f}" if math.isfinite(steps) else "never"
+
+
+def counted(count: int, noun: str) -> str:
+    """So many of something."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -12,8 +12,7 @@ import pytest
 from helpers import registry
 
 import optclip
-from optclip import _commands as commands
-from optclip import catalogue
+from optclip import catalogue, cli
 from optclip.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -72,13 +71,15 @@ def in_a_process(*arguments, **settings):
 def test_suggest(run, log):
     code, shown, error = run("suggest", log)
     assert (code, error) == (0, "")
-    assert shown.startswith("Use optclip.clip_by_global_norm(")
+    assert shown.startswith("Use optclip.safeguard(optimizer).")
     assert max(map(len, shown.splitlines())) <= 100
     code, shown, _ = run("suggest", log, "--json")
     suggestion = strict_json(shown)
     assert code == 0
     assert suggestion["spikes"] == 1
-    assert suggestion["method"] == f"optclip.clip_by_global_norm({suggestion['threshold']:.3g})"
+    fixed = f"optclip.clip_by_global_norm({suggestion['threshold']:.3g})"
+    assert suggestion["alternative"] == fixed
+    assert fixed in shown.replace("\n", "") or fixed in run("suggest", log)[1]
 
 
 def test_replay(run, log):
@@ -124,9 +125,10 @@ def test_a_folder_a_pipe_and_another_name(run, log, monkeypatch):
     assert run("suggest", log.parent, "--json")[1] == by_file
     monkeypatch.setattr(sys, "stdin", io.StringIO(log.read_text()))
     assert run("suggest", "-", "--json")[1] == by_file
-    log.write_text(log.read_text().replace("clip/norm", "train/gnorm"))
+    log.write_text(log.read_text().replace("clip/norm", "length of g").replace("step", "n"))
     assert run("suggest", log)[0] == 2
-    assert run("suggest", log, "--norm-key", "train/gnorm", "--json")[1] == by_file
+    keys = ("--norm-key", "length of g", "--step-key", "n", "--format", "jsonl")
+    assert run("suggest", log, *keys, "--json")[1] == by_file
 
 
 @pytest.mark.parametrize("command", ON_A_RUN)
@@ -153,7 +155,7 @@ def test_a_log_broken_in_the_middle_and_a_byte_order_mark(run, log):
     log.write_text(whole + '{"step": 121, "clip/no{"step": 121}\n' + '{"step": 122}\n')
     code, shown, _ = run("suggest", log)
     assert code == 0
-    assert f"Line 121 of {log} is not a JSON object and was left out." in shown.replace("\n", " ")
+    assert f"Line 121 of {log} cannot be read: 1 left out." in shown.replace("\n", " ")
 
 
 def test_a_short_answer_without_thresholds(run, log):
@@ -162,14 +164,13 @@ def test_a_short_answer_without_thresholds(run, log):
     assert strict_json(short)["rows"][0].keys() < strict_json(whole)["rows"][0].keys()
 
 
-@pytest.mark.parametrize("columns", ["60", "80"])
-def test_a_replay_fits_a_narrow_terminal(columns, run, log, monkeypatch):
-    monkeypatch.setenv("COLUMNS", columns)
+def test_a_replay_fits_a_narrow_terminal(run, log, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     shown = run("replay", log)[1]
     table = shown.partition("Open loop")[0]
-    assert max(map(len, shown.partition("Not replayed")[0].splitlines())) <= int(columns)
+    assert max(map(len, table.splitlines())) <= 80
     assert "…" not in shown
-    for word in ("clip_by_", "robust_clip", "skip_spikes"):  # in one piece
+    for word in ("clip_by_", "robust_clip", "skip_spikes", "safeguard"):  # in one piece
         assert any(line.strip().startswith(word) for line in table.splitlines())
 
 
@@ -205,20 +206,10 @@ def test_what_is_listed_of_a_method(run):
     code, shown, _ = run("methods", "zclip")
     assert code == 0
     assert shown.startswith("optclip.zclip(*, z_threshold=2.5, decay=0.97, ")
-    assert optclip.zclip.__doc__.split("\n")[-2].strip() in shown
-    assert "\n    z = (n - mu) / (sigma + 10^(-6)),\n" in shown
+    assert shown.rstrip().endswith(catalogue.named("zclip").document)
     assert "scope=scopes.tree, norm=norms.l2, limiter=limiters.rescale" in run(
         "methods", "optclip.clip_by"
     )[1].replace("\n", " ")
-
-
-def test_formulas_are_plain_text():
-    for method in catalogue.methods():
-        text = catalogue.plain(method.document)
-        assert not {"\\", "\0"} & set(text), method.name
-        assert ".. math" not in text
-        formula = text.split("\n\n")[1]
-        assert all(formula.count(a) == formula.count(b) for a, b in ("()", "{}")), formula
 
 
 def test_every_paper_of_a_docstring_is_found():
@@ -250,13 +241,15 @@ def test_tables_fit_their_width(columns, run, monkeypatch):
         ("suggest", ["optclip suggest: ", "required: RUN", "or - for what comes in by a pipe"]),
         ("suggest {log} --jsn", ["optclip suggest: unrecognized arguments: --jsn"]),
         ("suggest none.jsonl", ["there is no file none.jsonl"]),
-        ("suggest empty", ["empty is a folder without steps.jsonl"]),
+        ("suggest empty", ["empty is a folder with no log in it that is known", "steps.jsonl"]),
         ("suggest empty.jsonl", ["empty.jsonl is empty"]),
-        ("suggest text", ["text, line 1 is not JSON: 'hello'", "one object in each line"]),
-        ("suggest broken", ["broken, line 2 is not JSON"]),
+        ("suggest text", ["text is not a log", "line 1 is 'hello'", "(--format)"]),
+        ("suggest two", ["two has several norms: a/gnorm, b/gnorm", "(--norm-key)"]),
+        ("suggest {log} --step-key at", ["no numbers under at", "it has step, loss, clip/norm"]),
+        ("suggest {log} --format yaml", ["format must be one of json, jsonl, numbers, csv, text"]),
         ("suggest loss", ["loss has no norms under clip/norm", "it has step, loss", "--norm-key"]),
         ("plot accuracy", ["optclip plot: accuracy has no norms"]),
-        ("suggest words", ["words has clip/norm, but as text: '3.1'", "float(norm)"]),
+        ("suggest words", ["words has the norm as a str", "float(norm)"]),
         ("replay loss", ["optclip replay: loss has no norms"]),
         ("suggest nan", ["none of 2 norms is finite"]),
         ("plot nan", ["there is nothing to draw of nan"]),
@@ -283,9 +276,9 @@ def test_bad_input_is_one_line_that_says_how_to_mend_it(typed, words, run, log, 
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "text").write_text("hello\n")
-    (tmp_path / "broken").write_text('{"norm": 1}\nhalf\n[1]\n{"nor')
     (tmp_path / "accuracy").write_text('{"step": 1, "accuracy": 2.0}\n')
-    (tmp_path / "words").write_text('{"clip/norm": "3.1"}\n')
+    (tmp_path / "words").write_text('{"clip/norm": "high"}\n')
+    (tmp_path / "two").write_text('{"a/gnorm": 1, "b/gnorm": 2}\n')
     (tmp_path / "loss").write_text('{"step": 1, "loss": 2.0}\n')
     (tmp_path / "nan").write_text('{"norm": NaN}\n{"norm": null}\n')
     code, shown, error = run(*typed.replace("{log}", str(log)).split())
@@ -311,7 +304,8 @@ def test_version(run):
 
 
 def test_what_the_extra_would_bring(run, log, monkeypatch):
-    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setitem(sys.modules, "rich.table", None)
+    monkeypatch.setitem(sys.modules, "rich.box", None)
     for typed in (("methods",), ("replay", log)):
         code, shown, error = run(*typed)
         assert (code, shown) == (2, "")
@@ -319,11 +313,8 @@ def test_what_the_extra_would_bring(run, log, monkeypatch):
         assert len(error.splitlines()) == 1
     assert run("methods", "--json")[0] == 0
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "optclip._tuning.panels", None)
-    monkeypatch.delattr(sys.modules["optclip._tuning"], "panels", raising=False)
     for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "optclip._tuning.panels")
     code, _, error = run("plot", log)
     assert (code, error) == (
         2,
@@ -351,7 +342,7 @@ def test_ctrl_c(run, log, monkeypatch):
     def interrupted(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "suggest", interrupted)
+    monkeypatch.setattr(cli, "_suggest", interrupted)
     assert run("suggest", log) == (130, "", "optclip suggest: interrupted\n")
 
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from optclip._tuning.findings import SPIKE_TIMES, finding, look_at, usual_norm
-from optclip._tuning.leaves import MOST_COLUMNS, MOST_ROWS, binned, tabulate
-from optclip._tuning.plotting import plot_run
-from optclip._tuning.records import read
+from optclip._tuning.log import read_log
+from optclip._tuning.plotting import MOST_COLUMNS, MOST_LEAVES, plot_run
 
 
 def rows_of(norms, threshold=1.0, **columns):
@@ -82,7 +81,7 @@ def test_an_ordinary_run(tmp_path):
 def test_title_and_subtitle_can_be_given():
     figure = plot_run([1.0, 2.0], title="A title", subtitle="a setup")
     assert figure.get_suptitle() == "A title"
-    assert "a setup" in [text.get_text() for text in figure.axes[0].texts]
+    assert "a setup" in [text.get_text() for text in figure.texts]
 
 
 def test_no_setting_of_matplotlib_is_changed():
@@ -130,8 +129,8 @@ def test_a_loss_that_is_logged_now_and_then_is_no_broken_one():
 def test_a_truncated_last_line_is_said(tmp_path):
     log = written(tmp_path / "run.jsonl", rows_of([0.5, 2.0]), '{"step": 3, "cli')
     figure = plot_run(log)
-    texts = [text.get_text() for text in figure.axes[0].texts]
-    assert texts == [f"{log}; line 3 is cut short and was left out"] or "..." in texts[0]
+    _, note = (text.get_text() for text in figure.texts)
+    assert note.replace("\n", " ").endswith("line 3 is cut short and was left out")
     assert figure.get_suptitle() == "50% of 2 steps clipped"
 
 
@@ -152,7 +151,7 @@ def test_norms_only():
 
 def test_without_norms_it_is_refused(tmp_path):
     log = written(tmp_path / "run.jsonl", [{"step": 1, "accuracy": 2.0}])
-    with pytest.raises(ValueError, match=r"has no norms under clip/norm .* it has step, accuracy"):
+    with pytest.raises(ValueError, match=r"has no norms under clip/norm.* it has step, accuracy"):
         plot_run(log)
     log = written(tmp_path / "run.jsonl", [{"step": 1, "loss": 2.0}])
     with pytest.raises(ValueError, match="has no norms under g; it has step, loss"):
@@ -273,7 +272,7 @@ def test_a_column_says_better_what_a_spike_is():
     ids=["rise", "fall", "steep start", "much noise", "constant", "zero", "too short"],
 )
 def test_what_is_no_spike(norms):
-    assert not look_at(read(norms)).spikes.any()
+    assert not look_at(read_log(norms)).spikes.any()
 
 
 def test_the_usual_norm_by_hand():
@@ -335,28 +334,49 @@ def test_the_label_of_two_leaves_fits(tmp_path):
     assert label.height <= figure.axes[-1].get_window_extent().height * 1.2
 
 
-def test_many_leaves_are_put_together_or_left_out():
-    names = [f"block_{at // 4}/{'abcd'[at % 4]}/kernel" for at in range(120)]
-    table = tabulate({name: np.array([1.0 + at, 2.0]) for at, name in enumerate(names)})
-    assert table.names == [f"block_{at}" for at in range(30)]
-    assert table.norms[0].tolist() == [4.0, 2.0]  # the largest of four
-    assert "120 leaves" in table.label
-    flat = tabulate({str(at): np.array([1.0]) for at in range(100)})
-    assert len(flat.names) == MOST_ROWS
-    assert (flat.names[0], flat.names[-1]) == ("0", "99")
-    assert f"{MOST_ROWS} of 100" in flat.label
+def heat(figure):
+    """Names of the rows, edges of the columns, and values of a heat map."""
+    axis = figure.axes[-2]
+    (mesh,) = axis.collections
+    edges = mesh.get_coordinates()[0, :, 0]
+    return [text.get_text() for text in axis.get_yticklabels()], edges, mesh.get_array()
+
+
+def test_of_many_leaves_the_largest_are_drawn():
+    names = [f"block_{at // 4}/{'abcd'[at % 4]}/kernel" for at in range(1200)]
+    sizes = np.random.default_rng(0).permutation(1200) + 1.0
+    leaves = {f"clip/norms/{name}": [x, 0.5] for name, x in zip(names, sizes, strict=True)}
+    figure = plot_run({"clip/norm": [1.0, 1.0], **leaves})
+    shown, _, values = heat(figure)
+    largest = sizes > 1200 - MOST_LEAVES
+    assert shown == [name for name, x in zip(names, largest, strict=True) if x]
+    np.testing.assert_array_equal(values[:, 0], sizes[largest])
+    assert labels(figure)[-2] == "leaf (40 largest of 1,200)"
+
+
+def test_long_names_of_leaves_are_cut_in_the_middle(tmp_path):
+    figure = plot_run(leaf_rows([f"params/{'a' * 40}/{at}" for at in "bc"], 20), tmp_path / "x.png")
+    assert heat(figure)[0] == ["b", "c"]  # what all begin with is left out
+    figure = plot_run(leaf_rows([f"{at}{'a' * 40}/kernel" for at in "bc"], 20))
+    assert heat(figure)[0] == [f"{at}{'a' * 11}...{'a' * 6}/kernel" for at in "bc"]
 
 
 def test_many_steps_are_binned_by_their_median():
     norms = np.random.default_rng(0).random((2, 1000))
     norms[0, 3:6] = np.nan
-    edges, columns = binned(np.arange(1.0, 1001.0), norms)
+    leaves = {f"clip/norms/{name}": x for name, x in zip("ab", norms, strict=True)}
+    _, edges, columns = heat(plot_run({"clip/norm": np.ones(1000), **leaves}))
     assert columns.shape[1] <= MOST_COLUMNS
     assert len(edges) == columns.shape[1] + 1
     assert (edges[0], edges[1], edges[-1]) == (0.5, 3.5, 1000.5)
     np.testing.assert_array_equal(columns[:, 0], np.median(norms[:, :3], axis=1))
-    assert np.isnan(columns[0, 1])
+    assert columns.mask[0, 1]
     np.testing.assert_array_equal(columns[:, -1], norms[:, -1])
+
+
+def test_leaves_without_any_norm_have_no_heat_map(tmp_path):
+    log = {"clip/norm": [1.0, 2.0], "clip/norms/a": [0.0, np.nan]}
+    assert labels(plot_run(log, tmp_path / "run.png")) == ["gradient norm (log axis)"]
 
 
 # Long runs ---------------------------------------------------------------------------------------
@@ -383,10 +403,6 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "optclip._tuning.panels", raising=False)
-    import optclip._tuning
-
-    monkeypatch.delattr(optclip._tuning, "panels", raising=False)
     with pytest.raises(ImportError, match=r'pip install "optclip\[tuning\]"'):
         plot_run([1.0, 2.0])
     assert finding([1.0, 2.0]).startswith("Norm from ")

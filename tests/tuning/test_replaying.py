@@ -15,9 +15,10 @@ from helpers.registry import METHODS, WRAPPERS
 from matplotlib.figure import Figure
 
 import optclip
+from optclip import catalogue
 from optclip._tuning import replay_picture
 from optclip._tuning.findings import finding
-from optclip._tuning.replay_methods import NO_LEAVES, _by_leaf
+from optclip._tuning.replay_methods import NO_LEAVES, _by_memory, _with_defaults
 from optclip.tuning import replay
 
 METHOD = {method.name: method for method in METHODS + WRAPPERS}
@@ -73,6 +74,27 @@ def test_it_is_what_the_transformation_does(transform):
     assert row.clipped == pytest.approx(clipped[finite].mean())
     assert row.clipped_last_quarter == pytest.approx(clipped[105:].mean())
     assert row.final_threshold == row.thresholds[-1]
+
+
+def test_of_safeguard_the_clip_before_the_optimizer_is_replayed():
+    """Its bound never acts, whatever the optimizer: what it holds only the parameters tell."""
+    norms = spiky()
+    deviations = {"deviations": 2.5}
+    alone, plain, adam = replay(
+        norms,
+        {
+            "alone": optclip.robust_clip(**deviations),
+            "plain": optclip.safeguard(optax.identity(), **deviations),
+            "adam": optclip.safeguard(optax.adamw(1e-3), **deviations),
+        },
+    ).rows
+    finite = np.isfinite(norms)
+    for row in (plain, adam):
+        np.testing.assert_allclose(row.thresholds, alone.thresholds, rtol=1e-5)
+        np.testing.assert_allclose(row.outputs[finite], alone.outputs[finite], rtol=1e-5)
+        assert row.clipped == alone.clipped
+        assert (row.outputs[~finite] == 0).all()  # skipped
+    assert "safeguard: its clip" in str(replay(norms, ["safeguard"]))
 
 
 def test_methods_by_leaf_get_the_norms_of_the_leaves():
@@ -151,8 +173,9 @@ def test_every_public_method_is_replayed_or_named_with_the_reason(everything):
     assert all(everything.not_replayed.values())
     assert everything.not_replayed["adagc"] == NO_LEAVES
     assert {"robust_clip", "zclip", "autoclip", "clip_by_quantile", "skip_spikes"} <= replayed
+    assert "safeguard" in replayed
     assert {"clip_by_window", "clip_by_moving_average", "clip_by_global_norm"} <= replayed
-    assert all(not METHOD[name].needs_params for name in replayed)
+    assert all(not METHOD[name].needs_params for name in replayed - {"safeguard"})
     assert all(METHOD[name].has_memory for name in replayed - {"clip_by_global_norm"})
     assert everything.not_replayed["measure_norms"] == "learns no threshold"
     assert "single entries" in everything.not_replayed["spam_clip"]
@@ -162,7 +185,9 @@ def test_every_public_method_is_replayed_or_named_with_the_reason(everything):
 def test_what_shapes_tell_of_a_method_is_what_it_does_when_it_is_tried_out(method):
     columns = {"norm": noisy(3), "norms/x": 0.6 * noisy(3), "norms/y": 0.8 * noisy(3)}
     tried = replay(columns, {"mine": method.build()})
-    told = _by_leaf(method.name)
+    without: dict[str, str] = {}
+    built = _with_defaults([catalogue.named(method.name)], without)
+    told = _by_memory(built[method.name]) if built else without[method.name]
     if method.name != "measure_norms":
         assert [row.by_leaf for row in tried.rows] == ([] if isinstance(told, str) else [told])
 
@@ -170,7 +195,8 @@ def test_what_shapes_tell_of_a_method_is_what_it_does_when_it_is_tried_out(metho
 OF_MORE = [
     method
     for method in METHODS + WRAPPERS
-    if method.needs_params or method.scope == "element" or method.norm != "l2"
+    if method.name != "safeguard"
+    and (method.needs_params or method.scope == "element" or method.norm != "l2")
 ]
 
 

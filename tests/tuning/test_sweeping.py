@@ -9,7 +9,6 @@ import optax
 import pytest
 
 import optclip
-from optclip._tuning import sweep_runs
 from optclip.tuning import Sweep, sweep
 
 STEPS = 20
@@ -65,7 +64,8 @@ def test_every_run_is_the_one_by_hand(vectorize):
         steps=STEPS,
         vectorize=vectorize,
     )
-    assert found.vectorized == vectorize if vectorize is not None else found.vectorized in (0, 1)
+    by_itself = jax.default_backend() != "cpu"
+    assert found.vectorized == (by_itself if vectorize is None else vectorize)
     np.testing.assert_array_equal(found.thresholds, THRESHOLDS)
     expected = np.array([[by_hand(c, seed) for seed in (3, 1)] for c in THRESHOLDS])
     np.testing.assert_allclose(found.losses, expected[..., 0], rtol=1e-4)
@@ -163,6 +163,23 @@ def test_table_picture_and_json(losses, tmp_path, capsys):
     made([[1.0], [2.0]], (0.0, 1.0)).draw(tmp_path / "zero.png")
 
 
+@pytest.mark.parametrize(
+    ("thresholds", "ticks"),
+    [
+        ((0.0, 0.01, 1.0, 100.0, np.inf), ["0.01", "0.1", "1", "10", "100", "0", "no clip"]),
+        ((2.9, 3.0, 3.1), ["2.9", "3.1"]),
+        ((2.0, np.inf), ["2", "no clip"]),
+        ((0.0, np.inf), ["0", "no clip"]),
+        (10.0 ** np.arange(-12, 13), None),
+    ],
+)
+def test_the_ticks_of_the_thresholds_are_plain(thresholds, ticks):
+    losses = np.arange(2.0 * len(thresholds)).reshape(-1, 2)
+    axis = made(losses, thresholds).draw().axes[0].xaxis
+    shown = [text.get_text() for text in axis.get_ticklabels()]
+    assert shown == ticks if ticks else len(shown) <= 10
+
+
 def test_a_bar_shows_the_steps(capsys):
     arguments = {"init": init, "batches": batches, "steps": 3}
     sweep(train_step, [1.0], 2, **arguments, vectorize=False, progress=True)
@@ -174,12 +191,12 @@ def test_a_bar_shows_the_steps(capsys):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"train_step": lambda s, c, b: (s, 0.0, 0.0)}, r"\(state, loss\).*3 things"),
-        ({"train_step": lambda s, c, b: jnp.zeros(2)}, r"\(state, loss\), or"),
+        ({"train_step": lambda s, c, b: (s, 0.0, 0.0)}, r"\(state, loss\) or"),
+        ({"train_step": lambda s, c, b: jnp.zeros(2)}, r"\(state, loss\) or"),
         ({"train_step": lambda s, c, b: (s, {"accuracy": c})}, r"without 'loss'.*accuracy"),
         ({"train_step": lambda s, c, b: (s, jnp.ones(3))}, r"one number.*\(3,\).*mean"),
         ({"train_step": None}, "train_step.*must be a function"),
-        ({"batches": [1, 2]}, "batches.*must be a function, got 2 things"),
+        ({"batches": [1, 2]}, "batches.*must be a function, got a list"),
     ],
 )
 def test_functions_of_another_kind_are_refused(changes, said):
@@ -242,13 +259,6 @@ def test_a_run_lets_go_of_its_state_and_compiles_once():
     assert sum(x.size == 1234 for x in jax.live_arrays()) <= 1
 
 
-def test_states_that_would_not_fit_together_are_not_tried(monkeypatch):
-    monkeypatch.setattr(sweep_runs, "MOST_AT_ONCE", 100)
-    monkeypatch.setattr(sweep_runs, "all_together", None)
-    found = sweep(train_step, [1.0, 2.0], 2, init=init, batches=batches, steps=2)
-    assert not found.vectorized
-
-
 def test_one_threshold_may_be_a_number():
     found = sweep(train_step, 1.0, 1, init=init, batches=batches, steps=2)
     assert found.thresholds.tolist() == [1.0]
@@ -269,11 +279,8 @@ def test_seeds_that_overlap_are_named():
         ([], 3, 1, r"thresholds.*one or more.*\[\].*numpy.geomspace"),
         ([1.0, -1.0], 3, 1, r"at least 0.*-1.0"),
         ([np.nan], 3, 1, "nan"),
-        ([1e-50], 3, 1, "range of float32.*1e-50"),
         ([1.0], 0, 1, r"seeds.*at least one.*0"),
-        ([1.0], [2**31], 1, r"seeds.*2\*\*31 - 1"),
         ([1.0], 1, 0, r"steps.*at least 1.*0"),
-        ([1.0], 1, 2.0, r"steps.*whole number.*2.0"),
     ],
 )
 def test_nothing_to_run_is_refused(thresholds, seeds, steps, said):

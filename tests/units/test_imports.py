@@ -25,7 +25,6 @@ LAYERS = (
     {"optclip"},
     {"_tuning", "catalogue"},
     {"tuning"},
-    {"_commands"},
     {"cli"},
     {"__main__"},
 )
@@ -34,7 +33,7 @@ LAYERS = (
 OUTSIDE = {"jax", "numpy", "optax"}
 """What else a module may import; numpy comes with jax."""
 
-ANYTHING = {"_tuning", "tuning", "_commands", "cli", "__main__"}
+ANYTHING = {"_tuning", "tuning", "cli", "__main__"}
 """On top, with extras of its own."""
 
 
