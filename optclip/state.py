@@ -225,6 +225,7 @@ def _detail_after(
 ) -> Detail | tuple[()]:
     if norms is None or not detail:
         return ()
+    check_state(detail, type(detail), ("detail", detail.norms, norms[0]))
     before, after = (jax.tree.map(_as_kept, detail.norms, x) for x in norms)
     seen, usual_norm, usual_norms, at_spike = detail.growth
     norm = _as_kept(usual_norm, outcome.norm)

@@ -16,7 +16,7 @@ from helpers.running import (
     each_method_with_a_threshold,
     each_method_with_numbers,
 )
-from helpers.samples import assert_same
+from helpers.samples import assert_same, detailed, gradient
 
 import optclip
 from optclip import limiters, norms, scopes
@@ -186,3 +186,16 @@ def test_5_a_max_norm_typed_for_a_rule_is_no_deviation(rule):
     """`robust_clip(1.0)` in place of `clip_by_global_norm(1.0)`."""
     with pytest.raises(TypeError, match="positional argument"):
         rule(1.0)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.takes("detail")], ids=str)
+def test_5_norms_kept_of_other_leaves_are_refused(method):
+    """They would be broadcast, and one leaf's norm would go on as another's."""
+    transform, updates = detailed(method), gradient()
+    state = transform.init(updates)
+    fewer = jax.tree.map(jnp.ones_like, {"alone": jax.tree.leaves(updates)[0]})
+    labels = [x for x in jax.tree.leaves(state.detail.norms) if x.shape == ()]
+    if labels:  # one number under each label, however many leaves have it
+        fewer = {}
+    with pytest.raises((ValueError, KeyError), match=r"init\(params\)|label"):
+        transform.update(fewer, state, fewer)
