@@ -414,4 +414,5 @@ def _details(
     shrink = jnp.where(
         group_norms > 0, clipped_norms / jnp.where(group_norms > 0, group_norms, 1), 1
     )
-    return leaf_norms, leaf_norms * shrink
+    # A step that was made 0 has norms that are not finite.
+    return leaf_norms, jnp.where(clipped_norms == 0, 0, leaf_norms * shrink)

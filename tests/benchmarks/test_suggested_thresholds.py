@@ -1,36 +1,54 @@
-"""The benchmark of suggested thresholds, from an empty folder, on a grid of four runs."""
+"""The benchmark of suggested thresholds, on a small sweep; and what it found."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from benchmarks import suggested_thresholds
+from optclip._tuning.suggestion_text import HELD
+
+RESULTS = Path(__file__).parents[2] / "docs/data/suggested.json"
 
 
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(suggested_thresholds, "LEARNING_RATES", (0.03,))
     monkeypatch.setattr(suggested_thresholds, "THRESHOLDS", (0.003,))
-    monkeypatch.setattr(suggested_thresholds, "FRESH", (2, 3))
+    monkeypatch.setattr(suggested_thresholds, "LEARNED", suggested_thresholds.LEARNED[:1])
+    monkeypatch.setattr(suggested_thresholds, "SEEDS", (0,))
 
 
 def test_it_runs_compares_draws_and_goes_on(small, tmp_path, capsys):
     suggested_thresholds.main(["--task", "digits", "--out", str(tmp_path)])
     runs = json.loads((tmp_path / "digits.json").read_text())["runs"]
-    compared = json.loads((tmp_path / "digits_compared.json").read_text())["held_out"]
-    (row,) = compared["rows"]
-    # A threshold of 0.003 is too small to learn by; a suggestion is not.
-    assert row["best_clip"] == "optclip.measure_norms()"
-    assert row["with_suggested"] < 0.5
-    assert compared["grid"] == row["no_clip"] == pytest.approx(row["with_suggested"], rel=0.3)
+    found = json.loads((tmp_path / "suggested.json").read_text())
+    (row,) = found["rows"]
+    # A threshold of 0.003 is too small to learn by; an answer is not.
+    assert row["best"] != "optclip.clip_by_global_norm(0.003)"
+    assert row["loss_of_best"] <= row["loss"] < 0.5
+    assert found["held"][row["verdict"]]["runs"] == 1
     assert (tmp_path / "suggested.png").stat().st_size > 20_000
-    assert "digits, held-out loss" in capsys.readouterr().out
+    assert "held-out loss" in capsys.readouterr().out
 
     before = (tmp_path / "digits.json").stat().st_mtime_ns
     suggested_thresholds.main(["--task", "digits", "--out", str(tmp_path)])
     assert (tmp_path / "digits.json").stat().st_mtime_ns == before  # Nothing was run again.
-    # The grid and its suggestions with two seeds; no clip, which is best, and those with two more.
-    assert len(runs) == 2 * 2 + 2 + 2 * 2
+    assert 3 <= len(runs) <= 5  # The sweep, and an answer and an alternative that are not in it.
+
+
+def test_a_loss_holds_within_a_twentieth_or_some_nats():
+    assert suggested_thresholds.holds(1.05, 1.0)
+    assert suggested_thresholds.holds(0.06, 0.02)
+    assert not suggested_thresholds.holds(1.06, 1.0)
+    assert not suggested_thresholds.holds(None, 1.0)
+
+
+def test_how_sure_an_answer_is_is_what_the_benchmark_found():
+    found = json.loads(RESULTS.read_text())
+    again = suggested_thresholds.held(found["rows"])
+    assert again == found["held"]
+    assert {name: (of["answer"], of["runs"]) for name, of in again.items()} == HELD
 
 
 def test_bad_input_is_one_line(capsys):

@@ -39,15 +39,14 @@ def with_entry(tree, leaf, entry, place=0):
 @each_method
 @pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
 def test_6_a_nonfinite_step_is_handed_on_or_zeroed_whole(method, nonfinite):
-    begin = start(method, "types", nonfinite=nonfinite)
+    arguments = {"nonfinite": nonfinite} | ({"detail": True} if method.takes("detail") else {})
+    begin = start(method, "types", **arguments)
     ordinary = values(TREES["types"])
     before = clip_state(begin.state)
     for leaf in range(len(jax.tree.leaves(ordinary))):
         for bad in BAD:
             gradient = with_entry(ordinary, leaf, bad)
-            updates, state = compiled(method, nonfinite=nonfinite)(
-                gradient, begin.state, begin.params
-            )
+            updates, state = compiled(method, **arguments)(gradient, begin.state, begin.params)
             after, read = clip_state(state), readings(state)
             assert after.steps == before.steps + 1
             assert after.nonfinite_steps == before.nonfinite_steps + 1
@@ -64,6 +63,9 @@ def test_6_a_nonfinite_step_is_handed_on_or_zeroed_whole(method, nonfinite):
                 assert_same(updates, jax.tree.map(jnp.zeros_like, gradient))
                 assert read["factor"] == 0
                 assert read["clipped_norm"] == 0
+                if after.detail:
+                    zeros = jax.tree.map(jnp.zeros_like, after.detail.clipped_norms)
+                    assert_same(after.detail.clipped_norms, zeros)
 
 
 @each_method
