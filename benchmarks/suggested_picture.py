@@ -18,11 +18,12 @@ APART = 3.0
 Curves = dict[float, dict[float, float]]
 
 
-def draw(path: Path, curves: dict[str, Curves], rows: list[dict[str, Any]]) -> None:
+def draw(path: Path, title: str, curves: dict[str, Curves], rows: list[dict[str, Any]]) -> None:
     """Draws the held-out loss over the threshold, and where the answers are.
 
     Args:
         path: Where the PNG goes.
+        title: What there is to see.
         curves: For each task, from learning rate to a mapping from threshold (infinity: no clip) to
             loss.
         rows: The answers.
@@ -32,18 +33,13 @@ def draw(path: Path, curves: dict[str, Curves], rows: list[dict[str, Any]]) -> N
     panels = figure.subplots(lines, min(2, len(curves)), squeeze=False).ravel()
     for axes, (name, curve) in zip(panels, curves.items(), strict=False):
         _panel(axes, name, curve, [row for row in rows if row["task"] == name])
-    for axes in panels[len(curves) :]:
-        axes.set_visible(False)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    figure.supxlabel("threshold of clip_by_global_norm (gradient norm, log axis)", size=10)
-    figure.suptitle(
-        "The answer to each run, in the sweep that it has to hold in",
-        x=0.012,
-        ha="left",
-        size=13,
-        weight="bold",
-    )
+    for axes in panels[-2:]:
+        axes.set_xlabel("threshold of clip_by_global_norm (log axis)")
+    named = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    named["the answer"] = named.pop("the answer")  # last
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": 5, "frameon": False}
+    figure.legend(list(named.values()), list(named), fontsize=9, **place)
+    figure.suptitle(title, x=0.012, ha="left", size=13, weight="bold")
     figure.savefig(path)
 
 

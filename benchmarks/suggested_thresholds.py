@@ -122,6 +122,14 @@ def held(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
 # What a person sees ------------------------------------------------------------------------------
 
 
+def finding(counts: dict[str, dict[str, int]]) -> str:
+    """In how many runs the answer holds, in a sentence."""
+    runs, good, none = (
+        sum(of[name] for of in counts.values()) for name in ("runs", "answer", "no clip")
+    )
+    return f"The answer holds in {good} of {runs} runs, no clip in {none}"
+
+
 def table_of_runs(rows: list[dict[str, Any]]) -> Table:
     """One row for each run without a clip."""
     result = Table(title="held-out loss", title_justify="left", box=SIMPLE_HEAD)
@@ -199,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
     written = options.out / "suggested.json"
     content = plain({"held": held(rows), "rows": rows})
     written.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    suggested_picture.draw(options.out / "suggested.png", curves, rows)
+    suggested_picture.draw(options.out / "suggested.png", finding(held(rows)), curves, rows)
     console.print(f"{written} and {options.out / 'suggested.png'} written")
 
 

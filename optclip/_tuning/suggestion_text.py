@@ -8,7 +8,12 @@ from optclip._tuning.log import Record
 from optclip._tuning.statistics import NormStatistics
 from optclip._tuning.wording import counted, number, percent
 
-HELD: dict[str, tuple[int, int]] = {}
+HELD: dict[str, tuple[int, int]] = {
+    "diverged": (7, 7),
+    "spikes": (11, 14),
+    "level moves": (3, 4),
+    "quiet": (7, 7),
+}
 """Of how many runs of `benchmarks.suggested_thresholds` with a verdict (second number) the answer
 ended within 5% of the best of its sweep in so many (first number)."""
 
