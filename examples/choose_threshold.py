@@ -49,12 +49,8 @@ examples:
 LEARNING_RATES = {"momentum": 0.05, "sgd": 0.1, "adam": 0.001}
 BATCH_SIZE = 32
 MOST = 0.5  # of the steps: a clip of more is no clip against spikes
+WITHIN = 1.05  # of the lowest loss: as good
 LOG, OTHERS = "measured.jsonl", ("measured.png", "replay.png", "sweep.png", RESULT)
-
-
-def learned_by(method: str) -> Any:
-    """Where no threshold was suggested: from one, which is not needed, to the clip that was."""
-    return lambda threshold: optclip.safeguard if "safeguard" in method else optclip.robust_clip()
 
 
 def build_optimizer(options: argparse.Namespace, clip: Any) -> optax.GradientTransformation:
@@ -154,61 +150,44 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def answer(
-    suggestion: tuning.Suggestion, losses: np.ndarray, found: tuning.Sweep
-) -> dict[str, Any]:
+def answer(method: str, losses: np.ndarray, found: tuning.Sweep) -> dict[str, Any]:
     """What came out of it all.
 
     Args:
-        suggestion: What the log of the measured run suggests.
+        method: What the log of the measured run suggests.
         losses: The test loss with that, of each seed.
         found: The sweep.
 
     Returns:
-        JSON-ready: whether the suggestion is in the flat range of the sweep, the line of code to
-        use, and the answer in two sentences.
+        JSON-ready: whether the suggestion holds in the sweep, the line of code to use, and the
+        answer in a sentence.
     """
-    threshold, loss, lowest = suggestion.threshold, np.median(losses), found.medians.min()
-    told = f"The log suggests {suggestion.method}, whose test loss is {_loss(loss)}"
+    loss, lowest = np.median(losses), found.medians.min()
     if not np.isfinite(min(loss, lowest)):
-        told += ", and every threshold of the sweep diverged too"
-        return _told(told, False, None, "Lower the learning rate")
+        return _told(False, None, "Lower the learning rate: every run diverged")
     if not np.isfinite(lowest):
-        told += ", while every threshold of the sweep diverged"
-        return _told(told, False, suggestion.method, "try a lower learning rate too")
-    low, high = found.flat
-    inside = (low <= found.thresholds) & (found.thresholds <= high)
+        why = f"its test loss is {loss:.3g}, where every fixed threshold diverged"
+        return _told(True, method, f"Use {method}, as the log suggests: {why}")
     place = list(found.thresholds).index(found.best)
-    end = "no clipping" if np.isinf(high) else f"{high:.3g}"
-    where = f"from {low:.3g} to {end}" if low < high else f"at {end}"
-    flat = f"the flat range of the sweep ({where}; lowest loss {lowest:.3g})"
-    if threshold is None:
-        fits = bool(loss <= found.medians[inside].max())
-        told += f", {'no higher' if fits else 'higher'} than in {flat}"
-    else:
-        fits = bool(low <= threshold <= high)
-        told += f", and which is {'within' if fits else 'outside'} {flat}"
-    if fits:
-        insures = "no clip does as well here, so it only insures against spikes"
-        return _told(told, True, suggestion.method, insures if np.isinf(high) else "")
-    if losses.min() <= found.losses[place].max():
-        return _told(told, False, suggestion.method, "the seeds of the two overlap")
-    if np.isinf(found.best):
-        return _told(told, False, "no clip", "every clip made the loss higher")
+    free = np.isinf(found.best)
+    best = "no clip" if free else f"optclip.clip_by_global_norm({found.best:.3g})"
+    if loss <= WITHIN * lowest or losses.min() <= found.losses[place].max():
+        how = "no higher than" if loss <= lowest else "within the noise of"
+        why = (
+            f"its test loss, {loss:.3g}, is {how} the lowest of the sweep, {lowest:.3g} with {best}"
+        )
+        return _told(True, method, f"Use {method}, as the log suggests: {why}")
     rate = np.nanmean(found.clip_rates[place])
-    why = f"it shortens {percent(rate)} of the steps"
+    why = "every clip made the loss higher" if free else f"it shortens {percent(rate)} of the steps"
     if rate > MOST:
         why += ", so it works as a smaller learning rate; try one"
-    return _told(told, False, f"optclip.clip_by_global_norm({found.best:.3g})", why)
+    shown = f"{loss:.3g}" if np.isfinite(loss) else "not finite"
+    than = f"test loss {lowest:.3g}, where that of {method}, which the log suggests, is {shown}"
+    return _told(False, best, f"Use {best} ({than}): {why}")
 
 
-def _loss(loss: float) -> str:
-    return f"{loss:.3g}" if np.isfinite(loss) else "not finite"
-
-
-def _told(found: str, fits: bool, use: str | None, why: str) -> dict[str, Any]:
-    end = f"Use {use}{': ' * bool(why)}{why}" if use else why
-    return {"in_flat_range": fits, "use": use, "answer": f"{found}. {end}."}
+def _told(holds: bool, use: str | None, sentence: str) -> dict[str, Any]:
+    return {"holds": holds, "use": use, "answer": f"{sentence}."}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -257,12 +236,13 @@ def choose(
     found = sweep(options, data, optclip.clip_by_global_norm, thresholds)
     console.print(found.table())
     found.draw(options.out / "sweep.png", subtitle=setup)
-    if suggestion.threshold is None:
-        losses = sweep(options, data, learned_by(suggestion.method), [1.0]).losses[0]
-    else:
-        losses = found.losses[found.thresholds == suggestion.threshold][0]
+    if "safeguard" in suggestion.method:
+        losses = sweep(options, data, lambda threshold: optclip.safeguard, [1.0]).losses[0]
+    else:  # a fixed threshold, or none where the run was too short to tell
+        losses = found.losses[found.thresholds == (suggestion.threshold or np.inf)][0]
     loss = json_ready(np.median(losses))
-    told = {"suggested": suggestion.method, "loss": loss, **answer(suggestion, losses, found)}
+    told = {"suggested": suggestion.method, "loss": loss}
+    told |= answer(suggestion.method, losses, found)
     return told | {"sweep": found.to_dict()}
 
 

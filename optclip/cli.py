@@ -134,7 +134,9 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
         command.add_argument("--json", action="store_true", help="print JSON, for machines")
         if run:
             command.add_argument("run", metavar="RUN", help=RUN)
-            command.add_argument("--format", metavar="NAME", help="jsonl, json, csv, numbers, text")
+            command.add_argument(
+                "--format", metavar="NAME", help="json, jsonl, numbers, csv (or TSV), text"
+            )
             command.add_argument("--norm-key", metavar="KEY", help="how the log names the norm")
             command.add_argument("--step-key", metavar="KEY", help="how it names the step")
         return command
@@ -292,8 +294,12 @@ def _built(text: str) -> Any:
 def _suggest(options: argparse.Namespace) -> Answer:
     from optclip._tuning.suggesting import suggest_threshold
 
-    suggestion = suggest_threshold(_record(options))
-    return Answer((_filled(str(suggestion)),), suggestion.to_dict())
+    record = _record(options)
+    suggestion = suggest_threshold(record)
+    read = f"Read: {record.norm_key} of {len(record.norms):,} steps in {record.source}."
+    lines = [*str(suggestion).splitlines(), read]
+    data = suggestion.to_dict() | {"norm_key": record.norm_key}
+    return Answer(tuple(map(_filled, lines)), data)
 
 
 def _replay(options: argparse.Namespace) -> Answer:

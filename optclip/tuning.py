@@ -2,7 +2,8 @@
 
 from optclip._tuning.log import Record, read_log
 from optclip._tuning.plotting import plot_run
-from optclip._tuning.replaying import Replay, replay
+from optclip._tuning.replay_result import Replay
+from optclip._tuning.replaying import replay
 from optclip._tuning.suggesting import Suggestion, suggest_threshold
 from optclip._tuning.sweep_result import Sweep
 from optclip._tuning.sweeping import sweep

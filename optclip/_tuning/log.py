@@ -11,7 +11,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,34 +20,26 @@ import numpy as np
 
 from optclip._tuning.wording import LogError, counted
 
+# Under which names a norm is looked for first, in this order; then under the one name whose last
+# part is such a word.
 NORM_KEYS = ("clip/norm", "clip/0/norm", "skip/norm", "grad_norm", "train/grad_norm", "norm")
-"""Under which names a norm is looked for first, in this order;"""
-
 NORM_NAMES = re.compile(
     r"(global|total)?_?(grad|gradient|g)_?(2\.0_)?(global_|total_)?norm(_total)?(_step)?"
 )
-"""then under the one name whose last part is such a word."""
 
-LOSS_KEYS = ("loss", "train/loss", "train_loss", "training_loss", "lm_loss")
-STEP_KEYS = (
-    "step",
-    "_step",
-    "global_step",
-    "train/global_step",
-    "trainer/global_step",
-    "iteration",
-    "iter",
-)
-"""Under which names losses and steps are looked for, in this order."""
+# Under which names losses and steps are looked for, in this order.
+LOSS_KEYS = ("loss", "train/loss", "train_loss", "training_loss", "lm_loss", "loss/train")
+STEP_KEYS = ("step", "_step", "global_step", "train/global_step", "trainer/global_step")
+STEP_KEYS += ("iteration", "iter")
 
+# The files that are read of a folder: the first that is there.
 IN_A_FOLDER = ("steps.jsonl", "metrics.jsonl", "trainer_state.json", "metrics.csv", "progress.csv")
-"""The files that are read of a folder: the first that is there."""
 
+# So many stretches of equal norms, besides the first and the last, make a log of repeated ones.
 REPEATED = 4
-"""So many stretches of equal norms, besides the first and the last, make a log of repeated ones."""
 
+# A file of which less than this share of the lines fits a format is of another one.
 LEAST_WHOLE = 0.5
-"""A file of which less than this share of the lines fits a format is of another one."""
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|(?i:nan|inf(?:inity)?))\b"
 _PAIR = re.compile(rf"(grad norm|[A-Za-z_][\w./-]*)['\"]?\s*[:=]\s*['\"]?({_NUMBER})(?![:\w])")
@@ -70,6 +63,7 @@ class Record(NamedTuple):
         has_norms: Whether there were norms in it at all; else they are all NaN.
         clip: Prefix of the clip whose threshold and rates are read; None: that of the norm.
         every: How many steps of the run one row stands for.
+        norm_key: The name of the norm.
     """
 
     norms: np.ndarray
@@ -82,6 +76,7 @@ class Record(NamedTuple):
     has_norms: bool = True
     clip: str | None = None
     every: float = 1.0
+    norm_key: str = "norm"
 
     def reading(self, name: str) -> np.ndarray | None:
         """What the clip itself logged under a name of `optclip.metrics`: "threshold", "factor"."""
@@ -137,8 +132,21 @@ def read_log(
     if format is not None and format not in PARSERS:
         raise LogError(f"format must be one of {', '.join(PARSERS)}, got {format!r}")
     rows, name, notes = _rows_of(source, format)
-    record = _record(rows, name, notes, norm_key, step_key, loss_will_do)
-    return _with_falling_steps_noted(_once_each(_spaced(record)))
+    rows = [_flat(row) for row in rows]
+    columns = _columns(rows)
+    key = _norm_key(columns, norm_key, name)
+    step, loss = step_key or _first(STEP_KEYS, columns), _first(LOSS_KEYS, columns)
+    if step_key is not None and step_key not in columns:
+        raise LogError(f"{name} has no numbers under {step_key}; it has {_known(columns)}")
+    if key is None and not (loss_will_do and loss is not None and norm_key is None):
+        raise LogError(_no_norms(rows, columns, norm_key, name))
+    if key is not None and not all(_has_number(row, key) for row in rows):
+        rows = rows if step is None else _joined(rows, step)
+        kept = [row for row in rows if _has_number(row, key) or (loss_will_do and loss in row)]
+        if left_out := len(rows) - len(kept):
+            notes.append(f"{counted(left_out, 'row')} without a number for {key} left out")
+        columns = _columns(kept)
+    return _record(columns, key, step, name, notes)
 
 
 # From a source to rows ---------------------------------------------------------------------------
@@ -170,55 +178,52 @@ def _of_objects(source: Any) -> list[Row]:
     if isinstance(source, Mapping):
         if "log_history" in source:
             return list(source["log_history"])
-        columns = {name: _column(name, x) for name, x in source.items() if np.ndim(x) or _many(x)}
+        columns = {name: _column(name, x) for name, x in source.items() if np.ndim(x)}
         if not columns:
             return [source]
-        (length, first), *others = ((len(x), name) for name, x in columns.items())
-        for other, name in others:
-            if other != length:
-                raise LogError(f"{name} has {other} values and {first} has {length}")
-        return [
-            dict(zip(columns, values, strict=True))
-            for values in zip(*columns.values(), strict=True)
-        ]
+        (first, values), *others = columns.items()
+        for name, other in others:
+            if len(other) != len(values):
+                raise LogError(f"{name} has {len(other)} values and {first} has {len(values)}")
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     if isinstance(source, list) and source and all(isinstance(row, Mapping) for row in source):
         return source
-    return [{"norm": x} for x in _column("the norms", source)]
-
-
-def _many(value: Any) -> bool:
-    return isinstance(value, list | tuple)
+    norms = _column("the norms", source)
+    if any(x is not None and _number(x) is None for x in norms):
+        raise LogError(f"the norms must be numbers, one for each step, got {str(norms)[:60]}")
+    return [{"norm": x} for x in norms]
 
 
 def _column(name: str, values: Any) -> list[Any]:
-    """The values under a name, which have to be numbers, one for each step."""
     try:
         shape = np.shape(values)
     except ValueError:
         shape = (0, 0)
     if len(shape) != 1:
         raise LogError(f"{name} must be of shape (steps,), got {shape}; of several runs pass one")
-    values = list(np.asarray(values) if hasattr(values, "ndim") else values)
-    if name == "the norms" and any(_number(x) is None is not x for x in values):
-        raise LogError(f"{name} must be numbers, one for each step, got {str(values)[:60]}")
-    return values
+    return list(np.asarray(values) if hasattr(values, "ndim") else values)
 
 
 def _in_folder(folder: Path) -> Path:
     """The log in a folder: a file, or the folder with event files."""
-    found = next((folder / name for name in IN_A_FOLDER if (folder / name).exists()), None)
+    for name in IN_A_FOLDER:
+        if (folder / name).exists():
+            return folder / name
     runs = sorted({path.parent for path in folder.rglob("*tfevents*")})
-    if found is None and len(runs) == 1:
-        return runs[0]
-    if found is None and runs:
-        named = ", ".join(str(run) for run in runs[:5]) + (", ..." if len(runs) > 5 else "")
-        raise LogError(f"{folder} holds the event files of {len(runs)} runs; give one: {named}")
-    if found is None:
+    if len(runs) > 1:
+        raise LogError(
+            f"{folder} holds the event files of {len(runs)} runs; give one: {_listed(runs)}"
+        )
+    if not runs:
         raise LogError(
             f"{folder} is a folder with no log in it that is known ({', '.join(IN_A_FOLDER)} or "
             "event files of TensorBoard); give the file"
         )
-    return found
+    return runs[0]
+
+
+def _listed(items: Sequence[Any]) -> str:
+    return ", ".join(map(str, items[:5])) + (", ..." if len(items) > 5 else "")
 
 
 def _of_events(path: Path) -> list[Row]:
@@ -235,24 +240,22 @@ def _of_events(path: Path) -> list[Row]:
         str(path), size_guidance={"scalars": 0, "tensors": 0}, purge_orphaned_data=False
     )
     events.Reload()
-    rows: dict[tuple[int, int], dict[str, Any]] = {}
-    times: dict[tuple[int, int], float] = {}
-
-    def add(tag: str, read: Iterable[Any], value: Callable[[Any], Any]) -> None:
-        met: collections.Counter[int] = collections.Counter()
-        for event in read:
-            place = (event.step, met[event.step])
-            met[event.step] += 1
-            times.setdefault(place, event.wall_time)
-            rows.setdefault(place, {"step": event.step})[tag] = value(event)
-
-    for tag in events.Tags()["scalars"]:
-        add(tag, events.Scalars(tag), lambda event: event.value)
-    for tag in events.Tags()["tensors"]:
-        add(tag, events.Tensors(tag), lambda event: make_ndarray(event.tensor_proto))
-    if not rows:
+    tags = events.Tags()
+    found = [(tag, x, x.value) for tag in tags["scalars"] for x in events.Scalars(tag)]
+    found += [
+        (tag, x, make_ndarray(x.tensor_proto))
+        for tag in tags["tensors"]
+        for x in events.Tensors(tag)
+    ]
+    if not found:
         raise LogError(f"{path} holds no scalars")
-    return [rows[place] for place in sorted(rows, key=lambda at: (times[at], at))]
+    rows: dict[tuple[int, int], tuple[float, dict[str, Any]]] = {}
+    met = collections.Counter[tuple[str, int]]()
+    for tag, event, value in found:
+        place = (event.step, met[tag, event.step])  # a step that is met again is another row
+        met[tag, event.step] += 1
+        rows.setdefault(place, (event.wall_time, {"step": event.step}))[1][tag] = value
+    return [row for _, _, row in sorted((time, place, row) for place, (time, row) in rows.items())]
 
 
 # Formats: each parser answers with rows and the numbers of the lines that do not fit -------------
@@ -267,6 +270,8 @@ def _parsed(
     if isinstance(content, bytes):
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
+        if b"\0" in content[:4096]:
+            raise LogError(f"{name} is no text in UTF-8; give the log of a run")
         content = content.decode("utf-8-sig", "replace")
     # Not splitlines, which also splits inside of strings, at U+2028.
     lines = content.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
@@ -274,11 +279,9 @@ def _parsed(
     if not full:
         raise LogError(f"{name} is empty; log the norm of the gradient at each step")
     first = lines[full[0] - 1]
-    known = PARSERS
-    if format is not None:
-        known = {format: PARSERS[format]}
-    elif _PAIR.search(first):  # no header of a table
-        known = {name: parser for name, parser in PARSERS.items() if parser is not _csv}
+    known = PARSERS if format is None else {format: PARSERS[format]}
+    if format is None and _PAIR.search(first):  # no header of a table
+        known = {name: parser for name, parser in PARSERS.items() if name != "csv"}
     for parser in known.values():
         rows, broken = parser(lines)
         if rows and len(broken) <= (1 - LEAST_WHOLE) * len(full):
@@ -291,12 +294,11 @@ def _parsed(
 
 
 def _left_out(broken: list[int], last: int, name: str) -> list[str]:
-    inner = [str(number) for number in broken if number != last]
+    inner = [number for number in broken if number != last]
     said = []
     if inner:
-        which = ", ".join(inner[:5]) + (", ..." if len(inner) > 5 else "")
-        plural = "s" if len(inner) > 1 else ""
-        said.append(f"line{plural} {which} of {name} cannot be read: {len(inner):,} left out")
+        which = f"line{'s' if len(inner) > 1 else ''} {_listed(inner)}"
+        said.append(f"{which} of {name} cannot be read: {len(inner):,} left out")
     if last in broken:
         said.append(f"line {last} of {name} is cut short and was left out")
     return said
@@ -304,33 +306,28 @@ def _left_out(broken: list[int], last: int, name: str) -> list[str]:
 
 def _json(lines: list[str]) -> Parsed:
     try:
-        content = json.loads("\n".join(lines))
-        return _of_objects(content if isinstance(content, Mapping | list) else []), []
+        return _of_objects(json.loads("\n".join(lines))), []
     except (ValueError, RecursionError):
         return [], []
 
 
-def _json_lines(lines: list[str]) -> Parsed:
-    rows, broken = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # a ValueError also of a number with too many digits
-            row = None
-        if isinstance(row, Mapping):
-            rows.append(row)
-        else:
-            broken.append(number)
-    return rows, broken
+def _line_by_line(read: Callable[[str], Row | None], lines: list[str]) -> Parsed:
+    found = {number: read(line) for number, line in enumerate(lines, 1) if line.strip()}
+    broken = [number for number, row in found.items() if row is None]
+    return [row for row in found.values() if row is not None], broken
 
 
-def _numbers(lines: list[str]) -> Parsed:
-    full = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    values = [(number, _number(line)) for number, line in full]
-    broken = [number for number, value in values if value is None]
-    return [{"norm": value} for _, value in values if value is not None], broken
+def _json_row(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # a ValueError also of a number with too many digits
+        return None
+    return row if isinstance(row, Mapping) else None
+
+
+def _norm_row(line: str) -> Row | None:
+    norm = _number(line)
+    return None if norm is None else {"norm": norm}
 
 
 def _csv(lines: list[str]) -> Parsed:
@@ -340,15 +337,13 @@ def _csv(lines: list[str]) -> Parsed:
     if apart not in header:
         return [], []
     skipped = lines.index(header)
-    reader = csv.reader(lines[skipped:], delimiter=apart, skipinitialspace=True)
-    names = next(reader)
+    reader = csv.DictReader(lines[skipped:], delimiter=apart, skipinitialspace=True)
     rows, broken = [], []
-    for cells in reader:
-        if len(cells) == len(names):
-            # An empty cell is a value that was not logged in this row.
-            rows.append({name: x for name, x in zip(names, cells, strict=True) if x.strip()})
-        elif cells:
+    for row in reader:
+        if None in row or None in row.values():  # more cells than names, or fewer
             broken.append(skipped + reader.line_num)
+        else:  # an empty cell is a value that was not logged in this row
+            rows.append({name: x for name, x in row.items() if x.strip()})
     return rows, broken
 
 
@@ -356,74 +351,94 @@ def _text(lines: list[str]) -> Parsed:
     """Whatever a program printed; lines without a number under a name are no broken ones."""
     rows = []
     for line in lines:
-        pairs = dict(_PAIR.findall(line))
-        if pairs:
-            steps = {name.lower(): x for name, x in _STEP.findall(line)}
-            rows.append(steps | pairs)
+        if pairs := _PAIR.findall(line):
+            rows.append({name.lower(): x for name, x in _STEP.findall(line)} | dict(pairs))
     return rows, []
 
 
+# By the names of the formats, in the order in which they are tried.
 PARSERS: Mapping[str, Callable[[list[str]], Parsed]] = {
     "json": _json,
-    "jsonl": _json_lines,
-    "numbers": _numbers,
+    "jsonl": partial(_line_by_line, _json_row),
+    "numbers": partial(_line_by_line, _norm_row),
     "csv": _csv,
     "text": _text,
 }
-"""By the names of the formats, in the order in which they are tried."""
 
 
 # From rows to a record ---------------------------------------------------------------------------
 
 
 def _record(
-    rows: list[Row],
-    source: str,
-    notes: list[str],
-    norm_key: str | None,
-    step_key: str | None,
-    loss_will_do: bool,
+    columns: dict[str, np.ndarray], key: str | None, step: str | None, source: str, notes: list[str]
 ) -> Record:
-    rows = [_flat(row) for row in rows]
-    columns = _columns(rows)
-    key = _norm_key(columns, norm_key, source)
-    step = step_key or _first(STEP_KEYS, columns)
-    if step_key is not None and step_key not in columns:
-        raise LogError(f"{source} has no numbers under {step_key}; it has {_known(columns)}")
-    loss = _first(LOSS_KEYS, columns)
-    if key is None and not (loss_will_do and loss is not None and norm_key is None):
-        raise LogError(_no_norms(rows, columns, norm_key, source))
-    if key is not None and not all(_has_number(row, key) for row in rows):
-        rows = rows if step is None else _joined(rows, step)
-        kept = [row for row in rows if _has_number(row, key) or (loss_will_do and loss in row)]
-        if left_out := len(rows) - len(kept):
-            notes = [*notes, f"{counted(left_out, 'row')} without a number for {key} left out"]
-        rows, columns = kept, _columns(kept)
-    norms = np.full(len(rows), np.nan) if key is None else columns.pop(key)
-    numbers = np.arange(1, len(norms) + 1, dtype=np.float64)
-    steps = numbers if step is None else columns.pop(step)
+    """The record of the columns, of which those of norm and step are known."""
+    count = len(next(iter(columns.values())))
+    norms = np.full(count, np.nan) if key is None else columns.pop(key)
+    numbers = np.arange(1.0, count + 1)
+    steps = numbers if step is None else columns.pop(step, numbers)
+    steps = np.where(np.isfinite(steps), steps, numbers)
     prefix = "clip/" if key is None else key.removesuffix("norm")
+    clip, clips = _clip_with_threshold(columns, prefix)
+    if clips > 1:
+        notes.append(f"{clips} clips in the log; norm of {key}, threshold of {clip[:-1]}")
+    every = max(1.0, float(np.median(np.diff(steps)))) if count > 1 else 1.0
+    if every > 1:
+        notes.append(f"the log has one row in {every:,.0f} steps; counts and shares are of rows")
+    times, kept = _once_each(norms, columns.get(f"{clip}factor"))
+    if times > 1:
+        notes.append(
+            f"each norm stands {times} times in a row and is counted once; log once per optimizer "
+            "step"
+        )
+    norms, steps = norms[kept], steps[kept]
+    columns = {name: x[kept] for name, x in columns.items()}
+    falls = np.flatnonzero(np.diff(steps) <= 0)
+    if falls.size:
+        before, after = steps[falls[0] : falls[0] + 2]
+        notes.append(
+            f"the steps do not rise ({after:,.0f} after {before:,.0f}); two runs in one file?"
+        )
     leaves = f"{prefix}norms/"
     if not any(name.startswith(leaves) for name in columns):
         leaves = "clip/norms/"  # of the clip beside a norm that was logged by hand
     of_leaves = [name for name in columns if name.startswith(leaves)]
     leaf_norms = {name.removeprefix(leaves): columns.pop(name) for name in of_leaves}
-    clips = _clips(columns)
-    clip = _clip_with_threshold(columns, prefix, clips)
-    if len(clips) > 1:
-        said = f"{len(clips)} clips in the log; norm of {key}, threshold of {clip[:-1]}"
-        notes = [*notes, said]
     return Record(
-        norms=norms,
-        steps=np.where(np.isfinite(steps), steps, numbers),
-        columns=columns,
-        leaf_norms=leaf_norms,
-        source=source,
-        prefix=prefix,
-        notes=tuple(notes),
-        has_norms=key is not None,
-        clip=clip,
+        norms,
+        steps,
+        columns,
+        leaf_norms,
+        source,
+        prefix,
+        tuple(notes),
+        key is not None,
+        clip,
+        every,
+        key or "norm",
     )
+
+
+def _once_each(norms: np.ndarray, factor: np.ndarray | None) -> tuple[int, Any]:
+    """(how many times in a row each norm stands, the places at which it is read once)."""
+    same = _same_as_before(norms)
+    if factor is not None:
+        same &= _same_as_before(factor)
+    starts = np.flatnonzero(~same)
+    lengths = np.diff(starts, append=len(same))
+    times = int(np.gcd.reduce(lengths[1:-1])) if len(starts) >= REPEATED + 2 else 1
+    if times < 2:
+        return 1, slice(None)
+    early = int(lengths[0]) % times
+    kept = np.arange(early, len(same), times)
+    if early and norms[0] != 0:  # a norm of 0 is of a state before the first update
+        kept = np.insert(kept, 0, 0)
+    return times, kept
+
+
+def _same_as_before(values: np.ndarray) -> np.ndarray:
+    before, after = values[:-1], values[1:]
+    return np.insert((after == before) | (np.isnan(after) & np.isnan(before)), 0, False)
 
 
 def _flat(row: Row) -> Row:
@@ -432,8 +447,10 @@ def _flat(row: Row) -> Row:
         return row
     flat: dict[str, Any] = {}
     for name, value in row.items():
-        inner = _flat(value) if isinstance(value, Mapping) else {"": value}
-        flat |= {f"{name}/{part}" if part else name: x for part, x in inner.items()}
+        if isinstance(value, Mapping):
+            flat |= {f"{name}/{part}": x for part, x in _flat(value).items()}
+        else:
+            flat[name] = value
     return flat
 
 
@@ -441,18 +458,18 @@ def _columns(rows: list[Row]) -> dict[str, np.ndarray]:
     """A column for each name with a number, or nothing but null; NaN where a row has none."""
     columns = {}
     for name in dict.fromkeys(name for row in rows for name in row):
-        values = [row.get(name) for row in rows]
-        if not set(map(type, values)) <= {float, type(None)}:  # a hundred times as fast
-            values = [_number(x) for x in values]
+        logged = values = [row.get(name) for row in rows]
+        if not set(map(type, logged)) <= {float, type(None)}:  # a hundred times as fast
+            values = [_number(x) for x in logged]
         # A number that was null at every step was never finite; a word or a list is none at all.
-        if any(x is not None for x in values) or all(row.get(name) is None for row in rows):
+        if any(x is not None for x in values) or all(x is None for x in logged):
             columns[name] = np.array(values, np.float64)  # None becomes NaN
     return columns
 
 
 def _number(x: Any) -> float | None:
     """A number, also one in letters; None for what is none."""
-    if x is None or (np.ndim(x) if hasattr(x, "ndim") else _many(x)):
+    if x is None or getattr(x, "ndim", 0):
         return None
     try:
         return float(x)
@@ -503,16 +520,15 @@ def _is_band(name: str) -> bool:
 
 
 def _norm_key(columns: Mapping[str, Any], norm_key: str | None, source: str) -> str | None:
-    if norm_key is not None:
-        return norm_key if norm_key in columns else None
-    exact = next((key for key in NORM_KEYS if key in columns), None)
-    if exact is not None:
+    wanted = NORM_KEYS if norm_key is None else (norm_key,)
+    exact = next((key for key in wanted if key in columns), None)
+    if exact is not None or norm_key is not None:
         return exact
+    plain = {name: _plain(name) for name in columns if not _is_band(name)}
     alike = [
         name
-        for name in columns
-        if not _is_band(name)
-        and (_plain(name) in NORM_KEYS or NORM_NAMES.fullmatch(_plain(name).rpartition("/")[2]))
+        for name, said in plain.items()
+        if said in NORM_KEYS or NORM_NAMES.fullmatch(said.rpartition("/")[2])
     ]
     if len(alike) > 1:
         raise LogError(
@@ -542,73 +558,16 @@ def _known(columns: Mapping[str, Any]) -> str:
     return (", ".join(list(columns)[:12]) or "nothing") + more
 
 
-def _clips(columns: Mapping[str, Any]) -> list[str]:
-    """The prefixes of the clips in a log, in the order of the chain."""
-    found = (re.fullmatch(r"(clip/(?:(\d+)/)?)threshold", name) for name in columns)
-    return [match[1] for match in sorted(filter(None, found), key=lambda m: int(m[2] or 0))]
+def _clip_with_threshold(columns: Mapping[str, np.ndarray], prefix: str) -> tuple[str, int]:
+    """The clip whose threshold is read, and how many there are.
 
-
-def _clip_with_threshold(columns: Mapping[str, np.ndarray], prefix: str, clips: list[str]) -> str:
-    """The clip whose threshold is read: that of the norm, if it has a finite one; else the first.
-
-    The norm of a chain is that of its first clip, which may only measure.
+    That of the norm, if it has a finite threshold; else the first that has: the norm of a chain is
+    that of its first clip, which may only measure.
     """
+    found = filter(None, (re.fullmatch(r"(clip/(?:(\d+)/)?)threshold", name) for name in columns))
+    clips = [match[1] for match in sorted(found, key=lambda match: int(match[2] or 0))]
     for clip in (prefix, *clips):
-        threshold = columns.get(f"{clip}threshold")
-        if threshold is not None and np.isfinite(threshold).any():
-            return clip
-    return prefix if any(f"{prefix}{name}" in columns for name in _READINGS) else "clip/"
-
-
-# Rows that say something together ----------------------------------------------------------------
-
-
-def _once_each(record: Record) -> Record:
-    """The record with every norm once, where each stands several times in a row."""
-    factor = record.reading("factor")
-    same = _same_as_before(record.norms)
-    if factor is not None:
-        same &= _same_as_before(factor)
-    starts = np.flatnonzero(~same)
-    lengths = np.diff(starts, append=len(same))
-    times = int(np.gcd.reduce(lengths[1:-1])) if len(starts) >= REPEATED + 2 else 1
-    if times < 2:
-        return record
-    early = int(lengths[0]) % times
-    kept = np.arange(early, len(same), times)
-    if early and record.norms[0] != 0:  # a norm of 0 is of a state before the first update
-        kept = np.insert(kept, 0, 0)
-    note = (
-        f"each norm stands {times} times in a row and is counted once; log once per optimizer step"
-    )
-    return record._replace(
-        norms=record.norms[kept],
-        steps=record.steps[kept],
-        columns={name: x[kept] for name, x in record.columns.items()},
-        leaf_norms={name: x[kept] for name, x in record.leaf_norms.items()},
-        notes=(*record.notes, note),
-    )
-
-
-def _same_as_before(values: np.ndarray) -> np.ndarray:
-    same = values[1:] == values[:-1]
-    return np.insert(same | (np.isnan(values[1:]) & np.isnan(values[:-1])), 0, False)
-
-
-def _spaced(record: Record) -> Record:
-    """The record with how many steps one row stands for, and a note where these are several."""
-    every = float(np.median(np.diff(record.steps))) if len(record.steps) > 1 else 1.0
-    if every <= 1:
-        return record
-    note = f"the log has one row in {every:,.0f} steps; counts and shares are of rows"
-    return record._replace(every=every, notes=(*record.notes, note))
-
-
-def _with_falling_steps_noted(record: Record) -> Record:
-    """A note where the steps do not rise, as of two runs in one file."""
-    falls = np.flatnonzero(np.diff(record.steps) <= 0)
-    if not falls.size:
-        return record
-    before, after = record.steps[falls[0]], record.steps[falls[0] + 1]
-    note = f"the steps do not rise ({after:,.0f} after {before:,.0f}); two runs in one file?"
-    return record._replace(notes=(*record.notes, note))
+        if np.isfinite(columns.get(f"{clip}threshold", np.nan)).any():
+            return clip, len(clips)
+    own = any(f"{prefix}{name}" in columns for name in _READINGS)
+    return prefix if own else "clip/", len(clips)

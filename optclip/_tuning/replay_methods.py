@@ -1,7 +1,7 @@
 """Which methods can be replayed on recorded norms, which cannot and why, and how one is driven."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,50 +16,26 @@ from optclip._tuning.wording import LogError, number
 from optclip.clipping import NO_PARAMS_MSG
 from optclip.methods.safeguard import SafeguardState
 
+# What stands beside the methods that learn, with the threshold that was suggested.
 FIXED = "clip_by_global_norm"
-"""What stands beside the methods that learn, with the threshold that was suggested."""
 
 NO_PARAMS = "takes the parameters, which were not recorded"
-
 NO_LEAVES = (
     "takes the norm of each leaf, and none were recorded; record a run with "
     "optclip.measure_norms(detail=True) and log optclip.metrics(opt_state, params)"
 )
 
+# Between which the median of the norms has to lie: a replay runs in float32.
 LEAST, MOST = 1e-30, 1e30
-"""Between which the median of the norms has to lie: a replay runs in float32."""
 
+# At this share of the steps the norms of the leaves have to make up the norm, to so much of it.
 NEARLY, WITHIN = 0.95, 0.01
-"""At this share of the steps the norms of the leaves have to make up the norm, to so much of it."""
 
+# Parameters for `safeguard`, whose bound then never acts: the norms cannot tell when it would.
 LARGE = 1e30
-"""Parameters for `safeguard`, whose bound then never acts: the norms cannot tell when it would."""
 
-
-class Chosen(NamedTuple):
-    """What is to be replayed.
-
-    Attributes:
-        methods: From name to (transformation, whether it takes the norm of each leaf).
-        not_replayed: From name to why not.
-    """
-
-    methods: dict[str, tuple[optax.GradientTransformation, bool]]
-    not_replayed: dict[str, str]
-
-
-class Trace(NamedTuple):
-    """What a method did; arrays with one value for each step.
-
-    Attributes:
-        thresholds: The threshold; of several leaves the smallest, infinite where it does not clip.
-        outputs: The norm that came out; 0 where the step was skipped.
-        clipped: Whether the step was clipped or skipped; not so where it was not finite.
-    """
-
-    thresholds: np.ndarray
-    outputs: np.ndarray
-    clipped: np.ndarray
+# From name to the transformation, and whether it takes the norm of each leaf.
+Methods = dict[str, tuple[Any, bool]]
 
 
 def need_replayable(record: Record) -> None:
@@ -75,40 +51,37 @@ def need_replayable(record: Record) -> None:
         )
 
 
-def choose(methods: Any, record: Record, threshold: float) -> Chosen:
-    """What to replay of what was asked for.
+def choose(methods: Any, record: Record, threshold: float) -> tuple[Methods, dict[str, str]]:
+    """What to replay of what was asked for, and by name why not the rest.
 
-    Args:
-        methods: A mapping from name to transformation, names of methods, or None for all.
-        record: What it is replayed on.
-        threshold: Of the fixed clip that stands beside the learned ones.
-
-    Raises:
-        LogError: With one line, for what is neither.
+    The threshold is that of the fixed clip that stands beside the learned ones.
     """
-    chosen = Chosen({}, {})
+    replayed: Methods = {}
+    not_replayed: dict[str, str] = {}
     if isinstance(methods, Mapping):
         asked = dict(methods)
     elif methods is None:
         asked = {f"{FIXED}({threshold:.3g})": optclip.clip_by_global_norm(threshold)}
-        asked |= _with_defaults(catalogue.methods(), chosen.not_replayed)
-        del chosen.not_replayed[FIXED]
+        asked |= _with_defaults(catalogue.methods(), not_replayed)
+        del not_replayed[FIXED]
     elif isinstance(methods, str) or not isinstance(methods, Iterable):
         raise LogError(
             f"methods must be a list of names or a mapping from name to transformation, got "
             f"{methods!r}; pass ['robust_clip', 'zclip'], or leave it out for all"
         )
     else:
-        asked = _with_defaults(map(_named, methods), chosen.not_replayed)
+        asked = _with_defaults(map(_named, methods), not_replayed)
     for name, transform in asked.items():
-        known = not isinstance(methods, Mapping)  # all of those measure the 2-norm
-        by_leaf = _by_memory(transform) if known else _tried_out(name, transform, record)
+        if isinstance(methods, Mapping):
+            by_leaf = _tried_out(name, transform, record)
+        else:  # all of those measure the 2-norm
+            by_leaf = _by_memory(transform)
         why = _without_leaves(record) if by_leaf is True else by_leaf
         if why:
-            chosen.not_replayed[name] = str(why)
+            not_replayed[name] = str(why)
         else:
-            chosen.methods[name] = (transform, bool(by_leaf))
-    return chosen
+            replayed[name] = (transform, bool(by_leaf))
+    return replayed, not_replayed
 
 
 def _named(name: Any) -> catalogue.Method:
@@ -210,14 +183,20 @@ def _tried_out(name: str, transform: Any, record: Record) -> bool | str:
 
 
 def _memory_differs(transform: Any, *trees: Any) -> bool:
-    one, other = (_memory_shapes(jax.eval_shape(transform.init, tree)) for tree in trees)
+    """Whether a rule remembers something of another shape for another gradient."""
+    states = [jax.eval_shape(transform.init, tree) for tree in trees]
+    one, other = ([x.shape for x in jax.tree.leaves(_memories(state))] for state in states)
     return one != other
 
 
-def _memory_shapes(state: Any) -> list[tuple[int, ...]]:
-    is_clip = lambda node: isinstance(node, optclip.ClipState)  # noqa: E731
-    clips = [node for node in jax.tree.leaves(state, is_leaf=is_clip) if is_clip(node)]
-    return [leaf.shape for clip in clips for leaf in jax.tree.leaves(clip.memory)]
+def _memories(state: Any) -> list[Any]:
+    return [clip.memory for clip in _nodes(optclip.ClipState, state)]
+
+
+def _nodes(kind: type, state: Any) -> list[Any]:
+    """All states of a kind in a state."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in nodes if isinstance(node, kind)]
 
 
 def _params(gradient: Any) -> Any:
@@ -226,9 +205,7 @@ def _params(gradient: Any) -> Any:
 
 def _params_of(state: Any, gradient: Any) -> tuple[Any, ...]:
     """Parameters, only for `safeguard`: without them a clip that needs them is found out."""
-    is_safeguard = lambda node: isinstance(node, SafeguardState)  # noqa: E731
-    nodes = jax.tree.leaves(state, is_leaf=is_safeguard)
-    return (_params(gradient),) if any(map(is_safeguard, nodes)) else ()
+    return (_params(gradient),) if _nodes(SafeguardState, state) else ()
 
 
 def _readings(readings: Mapping[str, Any], name: str) -> list[Any]:
@@ -238,28 +215,29 @@ def _readings(readings: Mapping[str, Any], name: str) -> list[Any]:
     return [readings[key] for key in keys if key in readings] or [None]
 
 
-def drive(transform: Any, norms: np.ndarray, leaf_norms: Mapping[str, np.ndarray]) -> Trace:
+def drive(
+    transform: Any, norms: np.ndarray, leaf_norms: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, ...]:
     """Runs a transformation over gradients with one entry, or one in each leaf: one jitted scan.
 
-    Args:
-        transform: The transformation.
-        norms: Norm of the gradient at each step.
-        leaf_norms: That of each leaf by path; empty for one leaf with the norm of all.
+    Returns:
+        For each step the threshold (of several leaves the smallest, infinite where it does not
+        clip), the norm that came out (0 where it was skipped), and whether it was clipped or
+        skipped (not so where it was not finite).
     """
     stream = {name: _entries(x) for name, x in (leaf_norms or {"": norms}).items()}
-    by_leaf = bool(leaf_norms)
 
     def step(state: Any, gradient: Any) -> tuple[Any, tuple[jax.Array, ...]]:
         _, state = transform.update(gradient, state, *_params_of(state, gradient))
-        return state, _what_it_did(optclip.metrics(state), by_leaf)
+        return state, _what_it_did(optclip.metrics(state), bool(leaf_norms))
 
     @jax.jit
     def through(stream: Any) -> tuple[jax.Array, ...]:
         first = jax.tree.map(lambda x: x[0], stream)
         return jax.lax.scan(step, transform.init(_params(first)), stream)[1]
 
-    thresholds, outputs, clipped = (np.asarray(x) for x in through(stream))
-    return Trace(thresholds.astype(np.float64), outputs.astype(np.float64), clipped)
+    thresholds, outputs, clipped = map(np.asarray, through(stream))
+    return thresholds.astype(np.float64), outputs.astype(np.float64), clipped
 
 
 def _entries(norms: np.ndarray) -> jax.Array:
@@ -270,16 +248,13 @@ def _entries(norms: np.ndarray) -> jax.Array:
 
 
 def _what_it_did(readings: Mapping[str, Any], by_leaf: bool) -> tuple[jax.Array, ...]:
-    """(threshold, norm that came out, whether it was clipped)."""
-    thresholds, all_norms = _readings(readings, "threshold"), _readings(readings, "norm")
-    threshold = jnp.min(jnp.stack(thresholds))
+    thresholds, norms = _readings(readings, "threshold"), _readings(readings, "norm")
+    norm = norms[-1 if "skip/norm" in readings else 0]
     skipping = readings.get("skip/skipping", jnp.zeros([], bool))
-    clips = [x for x in _readings(readings, "clipped_norm") if x is not None]
-    norm = all_norms[-1] if "skip/norm" in readings else all_norms[0]
-    output = jnp.where(skipping, 0, clips[-1] if clips else norm)
+    through = _readings(readings, "clipped_norm")[-1]
+    output = jnp.where(skipping, 0, norm if through is None else through)
     if by_leaf:
         clipped = jnp.min(jnp.stack(_readings(readings, "factor"))) < 1
     else:
-        pairs = zip(all_norms, thresholds, strict=True)
-        clipped = jnp.any(jnp.stack([of > most for of, most in pairs]))
-    return threshold, output, (clipped | skipping) & jnp.isfinite(norm)
+        clipped = jnp.any(jnp.stack(norms) > jnp.stack(thresholds))
+    return jnp.min(jnp.stack(thresholds)), output, (clipped | skipping) & jnp.isfinite(norm)

@@ -1,88 +1,25 @@
 """`replay`: what every rule would have done on the norms of a recorded run."""
 
 import math
-import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from optclip._tuning import (
-    replay_methods,
-    replay_picture,
-    replay_table,
-    statistics,
-)
-from optclip._tuning.findings import look_at
+from optclip._tuning import replay_methods, statistics
+from optclip._tuning.findings import SPIKE_TIMES, Findings, look_at
 from optclip._tuning.log import Record, read_log
-from optclip._tuning.plain import plain
-from optclip._tuning.replay_rows import Replayed, in_steps, rise_of, row_of
+from optclip._tuning.replay_result import Replay, Row
 from optclip._tuning.states import counts_in
 from optclip._tuning.suggesting import suggest_threshold
 from optclip._tuning.wording import LogError
 
-PLAIN_WIDTH = 100
-"""Letters in a line of a replay that is printed."""
+# A lasting rise is one by this factor at least, from the median of so many norms before it to that
+# of as many after it.
+RISE, WINDOW = 2.5, 64
 
-
-class Replay(Replayed):
-    """What every method would have done on a recorded run; the fields are those of `Replayed`."""
-
-    __slots__ = ()
-
-    def __str__(self) -> str:
-        """The table as plain text, for `print`; in short where rich is not installed."""
-        try:
-            return replay_table.text(self, PLAIN_WIDTH)
-        except ImportError:
-            return repr(self)
-
-    def __repr__(self) -> str:
-        methods = ", ".join(row.method for row in self.rows)
-        return f"<Replay of {len(self.record.norms):,} steps of {self.record.source}: {methods}>"
-
-    def table(self) -> Any:
-        """The figures as a `rich.table.Table`.
-
-        Raises:
-            ImportError: If rich is not installed.
-        """
-        return replay_table.table(self)
-
-    def draw(self, path: str | os.PathLike[str]) -> Path:
-        """Draws the norms and the threshold of each method; answers with the path of the PNG.
-
-        Args:
-            path: Where the picture goes; its folder has to exist.
-
-        Raises:
-            ImportError: If matplotlib is not installed.
-        """
-        return replay_picture.draw(self, Path(path))
-
-    def to_dict(self, *, every_step: bool = False) -> dict[str, Any]:
-        """Plain numbers, strings, lists and None (for infinite or unknown), for `json.dumps`.
-
-        Args:
-            every_step: Also the threshold of every step, and the norm that comes out of it.
-        """
-        left_out = () if every_step else ("thresholds", "outputs")
-        rows = [
-            {name: plain(x) for name, x in row._asdict().items() if name not in left_out}
-            for row in self.rows
-        ]
-        return {
-            "steps": len(self.record.norms),
-            "source": self.record.source,
-            "spikes": self.spikes,
-            "worst_spike": plain(self.worst_spike),
-            "rise": self.rise,
-            "nonfinite_norms": int((~np.isfinite(self.record.norms)).sum()),
-            "rows": rows,
-            "not_replayed": dict(self.not_replayed),
-            "suggestion": self.suggestion.to_dict(),
-        }
+# Recovered: of so many steps from then on, most keep this share of their norm or more.
+SOON, CUT = 20, 0.9
 
 
 def replay(
@@ -133,22 +70,95 @@ def replay(
     record = read_log(source, norm_key=norm_key)
     replay_methods.need_replayable(record)
     suggestion = suggest_threshold(record)
-    chosen = replay_methods.choose(methods, record, suggestion.backtest.threshold)
+    asked, not_replayed = replay_methods.choose(methods, record, suggestion.backtest.threshold)
     found = look_at(record, marked=False)
-    rise = rise_of(record.norms)
-    relative_norm = statistics.relative_norms(record.norms, found.relative_norm)
-    rows = []
-    for name, (transform, by_leaf) in chosen.methods.items():
-        leaf_norms = record.leaf_norms if by_leaf else {}
-        trace = replay_methods.drive(transform, record.norms, leaf_norms)
-        row = row_of(name, trace, record.norms, relative_norm, found.spikes, rise, by_leaf)
-        rows.append(in_steps(row, record.every))
+    found = found._replace(
+        relative_norm=statistics.relative_norms(record.norms, found.relative_norm)
+    )
+    rise = _rise(record.norms)
     return Replay(
-        rows=tuple(rows),
-        not_replayed=chosen.not_replayed,
-        record=record,
+        tuple(_row(name, *method, record, found, rise) for name, method in asked.items()),
+        not_replayed,
+        record,
         spikes=int(found.spikes.sum()),
-        worst_spike=math.nan if found.worst is None else float(relative_norm[found.worst]),
+        worst_spike=math.nan if found.worst is None else float(found.relative_norm[found.worst]),
         rise=None if rise is None else float(found.steps[rise]),
         suggestion=suggestion,
     )
+
+
+def _row(
+    name: str, transform: Any, by_leaf: bool, record: Record, found: Findings, rise: int | None
+) -> Row:
+    """What a method does with the norms; the rise is the place of its step."""
+    norms, finite = record.norms, np.isfinite(record.norms)
+    leaf_norms = record.leaf_norms if by_leaf else {}
+    thresholds, outputs, clipped = replay_methods.drive(transform, norms, leaf_norms)
+    with np.errstate(all="ignore"):
+        kept = np.where(norms > 0, outputs / norms, 1.0)
+        out = found.relative_norm * kept  # NaN for an infinity that was skipped
+    spikes = found.spikes & finite
+    known = statistics.finite_positive(norms)
+    cut = kept[known] < CUT
+
+    def wait(begin: int) -> float:
+        return record.every * _until_let_through(cut[begin:])
+
+    edges = np.diff(found.spikes[known], prepend=False, append=False).nonzero()[0]
+    waits = [
+        wait(end)
+        for begin, end in edges.reshape(-1, 2)
+        if not begin or cut[max(0, begin - SOON) : begin].mean() <= 0.5  # else it always clips
+    ]
+    last = slice(len(norms) - max(1, len(norms) // 4), None)
+    return Row(
+        method=name,
+        clipped=_share(clipped, finite),
+        clipped_last_quarter=_share(clipped[last], finite[last]),
+        worst_spike=float(max(out[spikes & np.isfinite(out)], default=math.nan)),
+        spikes_through=int((out[spikes] >= SPIKE_TIMES).sum()),
+        steps_after_rise=None if rise is None else wait(int(known[:rise].sum())),
+        steps_after_spike=max(waits, default=None),
+        final_threshold=float(thresholds[-1]),
+        by_leaf=by_leaf,
+        thresholds=thresholds,
+        outputs=outputs,
+    )
+
+
+def _share(clipped: np.ndarray, finite: np.ndarray) -> float:
+    return float(clipped[finite].mean()) if finite.any() else 0.0
+
+
+def _until_let_through(cut: np.ndarray) -> float:
+    """Steps until most of the next ones are let through nearly whole."""
+    if not len(cut):
+        return 0.0
+    of_the_next = np.convolve(cut[::-1], np.ones(SOON))[: len(cut)][::-1]
+    how_many = np.minimum(SOON, np.arange(len(cut), 0, -1))
+    let_through = np.flatnonzero(of_the_next <= 0.5 * how_many)
+    return float(let_through[0]) if let_through.size else math.inf
+
+
+def _rise(norms: np.ndarray) -> int | None:
+    """The step at which the level rises for good, by the most; None where it does not."""
+    places = np.flatnonzero(statistics.finite_positive(norms))
+    values = norms[places]
+    width = min(WINDOW, len(values) // 4)
+    if width < 8:
+        return None
+    medians = statistics.moving(np.median, values, width)
+    before, after = medians[: len(values) - 2 * width + 1], medians[width:]
+    ratio = after / before
+    best = int(np.argmax(ratio))
+    if ratio[best] < RISE:
+        return None
+    # The medians do not tell where between them it was: there is the most below one side and
+    # above on the other.
+    middle = math.sqrt(before[best] * after[best])
+    above = values > middle
+    nearby = range(max(width, best), min(best + 2 * width, len(values) - width) + 1)
+    sides = [above[at : at + width].sum() - above[at - width : at].sum() for at in nearby]
+    at = nearby[int(np.argmax(sides))]
+    lasting = statistics.moving(np.median, values[at:], width).min() > middle
+    return int(places[at]) if lasting else None

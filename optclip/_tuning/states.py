@@ -17,21 +17,13 @@ from optclip.state import ClipState
 
 
 class HistogramCounts(NamedTuple):
-    """The bins of a histogram that are not empty.
+    """The bins of a histogram that are not empty."""
 
-    Attributes:
-        norms: The norm that stands for each, ascending; positive and finite.
-        counts: How many steps had it.
-        nonfinite: How many gradients were not finite; 0 where the state does not tell.
-        clip_rate: Share of the steps that the clip in the same state clipped; 0 without one.
-        notes: What a reader should know.
-    """
-
-    norms: np.ndarray
-    counts: np.ndarray
-    nonfinite: int
-    clip_rate: float
-    notes: tuple[str, ...]
+    norms: np.ndarray  # the one that stands for each; ascending, positive and finite
+    counts: np.ndarray  # how many steps had it
+    nonfinite: int  # gradients that were not; 0 where the state does not tell
+    clip_rate: float  # share of the steps that the clip in the same state clipped; 0 without one
+    notes: tuple[str, ...]  # what a reader should know
 
 
 def counts_in(source: Any) -> HistogramCounts | None:
@@ -59,14 +51,10 @@ def _is_log(source: Any) -> bool:
     """Whether it is rows or columns, which a search for states need not look through."""
     if isinstance(source, list):
         return not source or not isinstance(source[0], tuple)
-    if isinstance(source, Mapping):
-        return all(_is_column(value) for value in source.values())
-    return False
-
-
-def _is_column(value: Any) -> bool:
-    return isinstance(value, np.ndarray | jax.Array) or (
-        isinstance(value, list) and (not value or not isinstance(value[0], tuple | Mapping))
+    return isinstance(source, Mapping) and all(
+        isinstance(x, np.ndarray | jax.Array)
+        or (isinstance(x, list) and (not x or not isinstance(x[0], tuple | Mapping)))
+        for x in source.values()
     )
 
 

@@ -10,35 +10,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-START_UP = 0.1
-"""Share of a run that is left out: the first steps are like no others."""
+START_UP = 0.1  # Share of a run that is left out: the first steps are like no others.
+PARTS = 8  # Of how many parts of the run the levels are compared,
+FEWEST = 16  # each of so many norms at least.
 
-PARTS = 8
-"""Of how many parts of the run the levels are compared,"""
-
-FEWEST = 16
-"""each of so many norms at least."""
-
+# Floor under a deviation of the log norm, as in `robust_clip`: the norms may be all the same.
 LEAST_SPREAD = 0.02
-"""Floor under a deviation of the log norm, as in `robust_clip`: the norms may be all the same."""
 
+# What a deviation is taken for before there are norms, and as of how many norms it counts.
 FIRST_GUESS, GUESS_COUNTS = 0.25, 4
-"""What a deviation is taken for before there are norms, and as of how many norms it counts."""
 
-UPPER_QUARTILE = 0.6745
-"""Of a normal distribution, in deviations above its median."""
+UPPER_QUARTILE = 0.6745  # Of a normal distribution, in deviations above its median.
 
 _AT_ONCE = 50_000  # windows; keeps the memory that long runs take within bounds
 _RESAMPLES, _MOST = 400, 4000
 
 
 class Sample(NamedTuple):
-    """Positive finite norms in ascending order, each so many times.
-
-    Attributes:
-        norms: The norms.
-        counts: How often each was met.
-    """
+    """Positive finite norms in ascending order, and how often each was met."""
 
     norms: np.ndarray
     counts: np.ndarray
@@ -61,10 +50,10 @@ class Sample(NamedTuple):
 
 
 class NormStatistics(NamedTuple):
-    """How the norms go over a run.
+    """How the settled norms go over a run.
 
     Attributes:
-        sample: The settled norms.
+        sample: The norms.
         levels: The median of each part of the run, in order; one part where the norms are few or
             in no order.
         spread: Deviation of the log norm above the level of its part.
@@ -89,12 +78,7 @@ class NormStatistics(NamedTuple):
 
 
 def statistics_of_norms(norms: np.ndarray, deviations: float) -> NormStatistics:
-    """The `NormStatistics` of settled norms in the order of the run.
-
-    Args:
-        norms: Positive and finite.
-        deviations: Above the level, for the interval.
-    """
+    """Of positive norms in the order of the run; the interval is that of so many deviations."""
     parts = np.array_split(norms, max(1, min(PARTS, len(norms) // FEWEST)))
     levels = np.array([np.median(part) for part in parts])
     above = np.concatenate([np.log(part / m) for part, m in zip(parts, levels, strict=True)])

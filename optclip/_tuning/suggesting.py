@@ -58,9 +58,9 @@ class Suggestion(NamedTuple):
         interval: Between which thresholds it would lie for other runs like this one (95%); None
             without a threshold, and of a histogram.
         clip_rate: Share of steps that it is expected to clip: that of the settled norms above it.
-        held: How sure `method` is: of so many test runs with this verdict (second number), in so
-            many (first number) it ended within 5% of the best of a sweep. None for a verdict that
-            names no clip.
+        held: How sure that is: of so many test runs with this verdict (last number) `method`
+            (first number) and `alternative` (second) ended within 5% of the best of a sweep in so
+            many. None for a verdict that names no clip.
         reason: Why, in a sentence or two.
         uncertainty: How unsure the threshold is, in a sentence; None where not worth a word.
         backtest: How a fixed threshold would have done over the run.
@@ -86,7 +86,7 @@ class Suggestion(NamedTuple):
     threshold: float | None
     interval: tuple[float, float] | None
     clip_rate: float | None
-    held: tuple[int, int] | None
+    held: tuple[int, int, int] | None
     reason: str
     uncertainty: str | None
     backtest: Backtest
@@ -121,18 +121,24 @@ class Suggestion(NamedTuple):
             )
             said.append(f"{fixed} {suggestion_text.would(self.backtest)}")
             said.append(self.uncertainty or "")
-        if self.alternative and "global_norm" not in self.alternative:
+        elif self.alternative:
             said.append(f"{other} {self.alternative}.")
         leaves = about_leaves(self.rose_first, most=3)
         said.append(f"At the worst spike {leaves}." if leaves else "")
         if self.spikes and self.spike_score is not None:
-            said.append(f"Spike score: {percent(self.spike_score)}.")
+            said.append(
+                f"Spike score {percent(self.spike_score)}: the steps more than 6 deviations above "
+                "the mean of the 128 before."
+            )
         if self.held is not None:
-            good, runs = self.held
-            said.append(f"In {good} of {runs} test runs such an answer was within 5% of the best.")
+            good, others, runs = self.held
+            said.append(
+                f"In {good} of {runs} test runs like this that answer was within 5% of the best"
+                + (f", {_name(self.alternative)} in {others}." if self.alternative else ".")
+            )
         for note in self.notes:
             said.append(f"{note[:1].upper()}{note[1:]}{'' if note.endswith('?') else '.'}")
-        return " ".join(part for part in said if part)
+        return "\n".join(part for part in said if part)
 
 
 _WORDS: dict[Verdict, tuple[str, str]] = {
@@ -142,14 +148,15 @@ _WORDS: dict[Verdict, tuple[str, str]] = {
         "This log cannot tell: record a run without the clip, with",
         "What needs no threshold:",
     ),
-    "spikes": ("Use", "Its clip alone is"),
-    "level moves": ("Use", "Its clip alone is"),
-    "quiet": (
-        "No clip is needed; as a guard, use",
-        "Where the learning rate may be too large, use",
-    ),
+    "spikes": ("Use", "Its clip alone:"),
+    "level moves": ("Use", "Its clip alone:"),
+    "quiet": ("No clip is needed; as a guard that costs nothing, use", ""),
 }
 """What stands before the answer, and before what else would do."""
+
+
+def _name(code: str) -> str:
+    return code.removeprefix("optclip.").partition("(")[0]
 
 
 def suggest_threshold(source: Any, *, norm_key: str | None = None) -> Suggestion:
@@ -168,8 +175,8 @@ def suggest_threshold(source: Any, *, norm_key: str | None = None) -> Suggestion
     - **diverged**: its last norms are not finite, and its level could not be told before:
       `optclip.safeguard(optimizer)`, which also bounds the step.
     - **too short**: fewer than 50 norms are finite and above 0. Record more.
-    - **clipped**: more than half of its steps were clipped; its norms are those of the clip. Record
-      a run with `optclip.measure_norms()`.
+    - **clipped**: more than half of its steps were clipped, or the norms were logged after a clip.
+      Record a run with `optclip.measure_norms()`.
     - **spikes**: steps of 5 times the usual norm or more, and 4 deviations above it:
       `optclip.safeguard(optimizer)`, or the fixed threshold.
     - **level moves**: by more than a factor of 4, and than two deviations of the noise, so that a
@@ -241,7 +248,9 @@ def _from_record(record: Record) -> Suggestion:
         spikes=int(found.spikes.sum()),
         # Where a run begins wildly its own neighbors cannot tell, but the spread of the rest can.
         wild=float(np.nanmax(relative_norm)) > _least_spike(course, SPIKE_DEVIATIONS + 1),
-        clipped=float((steps < 1).mean()) if steps.size else 0.0,
+        clipped=suggestion_text.clipped(float((steps < 1).mean()))
+        if steps.size
+        else suggestion_text.capped(norms[known]),
         diverged=diverged,
         notes=notes,
     )._replace(spike_score=found.spike_score, rose_first=found.rose_first)
@@ -270,7 +279,7 @@ def _from_histogram(counted: HistogramCounts) -> Suggestion:
         moves=moves,
         spikes=int(sample.counts[sample.norms > tall].sum()),
         wild=False,
-        clipped=counted.clip_rate,
+        clipped=suggestion_text.clipped(counted.clip_rate),
         diverged=_divergence_of_counts(counted),
         notes=counted.notes,
     )
@@ -284,7 +293,7 @@ def _answer(
     moves: bool,
     spikes: int,
     wild: bool,
-    clipped: float,
+    clipped: str | None,
     diverged: str | None,
     notes: tuple[str, ...],
 ) -> Suggestion:
@@ -294,7 +303,7 @@ def _answer(
         verdict = "diverged"
     elif count < FEWEST:
         verdict = "too short"
-    elif clipped > suggestion_text.MOST_CLIPPED:
+    elif clipped is not None:
         verdict = "clipped"
     elif spikes or wild:
         verdict = "spikes"
@@ -314,7 +323,8 @@ def _answer(
         interval=interval and (backtest.threshold * interval[0], backtest.threshold * interval[1]),
         clip_rate=None if threshold is None else course.sample.share_above(threshold),
         held=suggestion_text.HELD.get(verdict),
-        reason=suggestion_text.reason(verdict, course, backtest, count, spikes, clipped, diverged),
+        reason=(clipped if verdict == "clipped" else None)
+        or suggestion_text.reason(verdict, course, backtest, count, spikes, diverged),
         uncertainty=suggestion_text.uncertainty(course, backtest.threshold) if fits else None,
         backtest=backtest,
         level=course.level,

@@ -5,7 +5,6 @@ import math
 import pathlib
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -57,32 +56,30 @@ def test_a_run_is_replaced_only_if_asked_for(tmp_path, monkeypatch, example, cap
 
 
 THRESHOLDS = (0.1, 1.0, 10.0, math.inf)
-FIXED, ROBUST = "optclip.clip_by_global_norm(1)", "optclip.robust_clip()"
+GUARD, BEST = "optclip.safeguard(optimizer)", "optclip.clip_by_global_norm({})"
 DIVERGED = (math.inf,) * 4
 
 
 @pytest.mark.parametrize(
-    ("method", "threshold", "loss", "medians", "use", "fits", "words"),
+    ("loss", "medians", "use", "holds", "words"),
     [
-        (FIXED, 1.0, 0.5, (0.9, 0.5, 0.502, 0.7), FIXED, True, "within"),
-        (FIXED, 1.0, 0.5, (0.9, 0.5, 0.5, 0.5), FIXED, True, "only insures"),
-        (FIXED, 1.0, 0.9, (0.5, 0.9, 1.0, 1.2), "optclip.clip_by_global_norm(0.1)", False, "90%"),
-        (FIXED, 1.0, 0.52, (0.5, 0.52, 1.0, 1.2), FIXED, False, "overlap"),
-        (FIXED, 1.0, 0.9, (1.2, 0.9, 0.7, 0.5), "no clip", False, "outside"),
-        (ROBUST, None, 0.4, (0.9, 0.5, 0.7, 0.7), ROBUST, True, "no higher"),
-        (ROBUST, None, 0.9, (0.9, 0.5, 0.7, 0.7), "optclip.clip_by_global_norm(1)", False, "20%"),
-        (ROBUST, None, 0.9, DIVERGED, ROBUST, False, "lower learning rate"),
-        (FIXED, 1.0, math.inf, DIVERGED, None, False, "Lower the learning rate"),
+        (0.4, (0.9, 0.5, 0.7, 0.7), GUARD, True, "0.4, is no higher than the lowest"),
+        (0.52, (0.9, 0.5, 0.7, 0.7), GUARD, True, "within the noise of the lowest"),
+        (0.9, (0.5, 0.9, 1.0, 1.2), BEST.format(0.1), False, "90% of the steps, so it works as"),
+        (0.9, (0.9, 0.5, 0.7, 0.7), BEST.format(1), False, "shortens 20% of the steps."),
+        (0.9, (1.2, 0.9, 0.7, 0.5), "no clip", False, "every clip made the loss higher"),
+        (0.9, DIVERGED, GUARD, True, "where every fixed threshold diverged"),
+        (math.inf, (0.9, 0.5, 0.7, 0.7), BEST.format(1), False, "is not finite"),
+        (math.inf, DIVERGED, None, False, "Lower the learning rate"),
     ],
 )
-def test_the_answer(example, method, threshold, loss, medians, use, fits, words):
+def test_the_answer(example, loss, medians, use, holds, words):
     spread = np.array([-0.02, 0.0, 0.02])
     losses = np.array(medians)[:, None] + spread
     rates = np.repeat([[0.9], [0.2], [0.01], [0.0]], 3, axis=1)
     found = tuning.Sweep(np.array(THRESHOLDS), (0, 1, 2), losses, rates, False)
-    suggestion = types.SimpleNamespace(method=method, threshold=threshold)
-    told = example.answer(suggestion, loss + spread, found)
-    assert (told["use"], told["in_flat_range"]) == (use, fits)
+    told = example.answer(GUARD, loss + spread, found)
+    assert (told["use"], told["holds"]) == (use, holds)
     assert words in told["answer"]
 
 

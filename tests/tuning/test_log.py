@@ -49,6 +49,7 @@ FILES = {
     + lines("2026-11-30 06:45:16,1 INFO step={step}, lr=1e-3, grad_norm={norm}"),
     "fairseq": lines("| epoch 001 | loss: 2.31 | gnorm: {norm} | step: {step}"),
     "megatron": lines(" iteration {step}/ 100 | grad norm: {norm} | lm loss: 2.3E+00 |"),
+    "one norm a line": lines("{norm}"),
     "hugging face on the terminal": lines("{{'loss': 2.3, 'grad_norm': {norm}, 'step': {step}}}"),
 }
 
@@ -59,18 +60,11 @@ def test_files_of_every_format(content, tmp_path):
     path.write_text(content)
     record = read_log(path)
     np.testing.assert_array_equal(record.norms, NORMS)
-    assert record.steps.tolist() == STEPS
+    steps = [1, 2, 3, 4, 5] if content == FILES["one norm a line"] else STEPS
+    assert record.steps.tolist() == steps
     path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + content.encode()))
-    zipped = read_log(str(path))
-    np.testing.assert_array_equal(zipped.norms, NORMS)
-    np.testing.assert_array_equal(read_log(io.StringIO(content)).norms, NORMS)
-
-
-def test_one_norm_a_line(tmp_path):
-    (tmp_path / "log").write_text("\n".join(map(str, NORMS)))
-    record = read_log(tmp_path / "log")
-    np.testing.assert_array_equal(record.norms, NORMS)
-    assert record.steps.tolist() == [1, 2, 3, 4, 5]
+    for source in (str(path), io.StringIO(content)):
+        np.testing.assert_array_equal(read_log(source).norms, NORMS)
 
 
 SOURCES = {
@@ -273,6 +267,8 @@ def test_rows_without_a_step_have_their_own_number():
     assert record.steps.tolist() == list(range(1, 9))
     assert record.every == 1
     assert record.notes == ()
+    # Also where only a row that is left out has a step.
+    assert read_log([{"clip/norm": 1.0}, {"step": 7, "val_loss": 2.0}]).steps.tolist() == [1]
 
 
 def test_what_is_broken_in_a_file_is_named_and_the_rest_is_used(tmp_path):
