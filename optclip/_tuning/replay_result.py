@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -107,34 +108,27 @@ class Replay(NamedTuple):
         return f"<Replay of {len(self.record.norms):,} steps of {self.record.source}: {methods}>"
 
     def table(self) -> Any:
-        """The figures as a `rich.table.Table`.
+        """The figures for `rich.print`: a title, a table, and what its columns mean.
 
         Raises:
             ImportError: If rich is not installed.
         """
         try:
             from rich.box import SIMPLE_HEAD
+            from rich.console import Group
             from rich.table import Table
             from rich.text import Text
         except ImportError:
             raise ImportError('tables need rich: pip install "optclip[tuning]"') from None
         # [brackets] are no markup in a Text.
-        table = Table(
-            title=Text(_title(self)),
-            caption=Text(_caption(self)),
-            title_justify="left",
-            caption_justify="left",
-            box=SIMPLE_HEAD,
-            padding=0,
-            pad_edge=False,
-        )
+        table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
         table.add_column("method", overflow="fold")
         columns = {name: cells for name, cells in _columns(self).items() if {*cells} != {NOTHING}}
         for heading in columns:
             table.add_column(heading, justify="right", no_wrap=True)
         for row, *cells in zip(self.rows, *columns.values(), strict=True):
             table.add_row(Text(row.method), *cells)
-        return table
+        return Group(Text(_title(self)), table, *map(Text, _caption(self)))
 
     def draw(self, path: str | os.PathLike[str]) -> Path:
         """Draws the norms and the threshold of each method; answers with the path of the PNG.
@@ -228,7 +222,7 @@ def _not_finite(replay: Replay) -> str:
     return f"; {count:,} of the norms not finite" if count else ""
 
 
-def _caption(replay: Replay) -> str:
+def _caption(replay: Replay) -> list[str]:
     said = [OPEN_LOOP]
     if any(row.method.startswith("safeguard") for row in replay.rows):
         said.append("safeguard: its clip; when its bound acts only the parameters tell.")
@@ -239,9 +233,13 @@ def _caption(replay: Replay) -> str:
         )
     if replay.spikes or replay.rise is not None:
         said.append("after: steps until the rule lets most steps keep 90% of their norm again.")
-    if replay.not_replayed:
-        said.append(f"Not replayed (--json says why): {', '.join(replay.not_replayed)}.")
-    return " ".join(said)
+    reasons: dict[str, list[str]] = {}
+    for name, why in replay.not_replayed.items():
+        reasons.setdefault(re.split("[,;] ", why)[0], []).append(name)
+    if reasons:
+        why = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+        said.append(f"Not replayed: {why}.")
+    return said
 
 
 # The picture: a small panel for each method, all over the same norms -----------------------------
