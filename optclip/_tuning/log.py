@@ -58,7 +58,7 @@ class Record(NamedTuple):
         columns: All other numbers that were logged, by name ("loss", "clip/threshold", ...).
         leaf_norms: Norm of each leaf by path, from names such as "clip/norms/dense/kernel".
         source: Where it comes from, for titles and messages.
-        prefix: Of the name of the norm: "clip/", "clip/0/", "skip/", "train/grad_" or "".
+        prefix: Of the name of the norm: ``clip/``, ``clip/0/``, ``train/grad_``; empty for "norm".
         notes: What a reader should know: lines that were dropped, and the like.
         has_norms: Whether there were norms in it at all; else they are all NaN.
         clip: Prefix of the clip whose threshold and rates are read; None: that of the norm.
