@@ -35,7 +35,6 @@ from run_folder import (
     RunFolder,
     json_ready,
     keep_result,
-    resuming,
     words_aside,
 )
 from text_model import Batch, Text, Transformer, held_out_batches, load_text, training_batch
@@ -312,11 +311,7 @@ def run(options: Options) -> int:
         try:
             outcome = train(options, text, mesh, folder)
         except KeyboardInterrupt:
-            done = folder.last()
-            hint = f"there is no checkpoint, so start again with --overwrite; the log is in {out}"
-            if done:
-                command = resuming(sys.argv)
-                hint = f"{out} keeps the log and step {done}; go on with: {command}"
+            hint = folder.way_on("there is no checkpoint", sys.argv)
             print(f"Interrupted: {hint}", file=sys.stderr)
             return 130
         if jax.process_index() == 0:

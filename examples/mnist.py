@@ -37,7 +37,6 @@ from run_folder import (
     RunFolder,
     json_ready,
     keep_result,
-    resuming,
     words_aside,
 )
 from tqdm import tqdm
@@ -335,11 +334,7 @@ def run(options: Options) -> int:
         try:
             epochs = train(options, data, mesh, folder)
         except KeyboardInterrupt:
-            done = folder.last()
-            hint = f"no epoch was finished, so start again with --overwrite; the log is in {out}"
-            if done:
-                command = resuming(sys.argv)
-                hint = f"{out} keeps the log and epoch {done}; go on with: {command}"
+            hint = folder.way_on("no epoch was finished", sys.argv)
             print(f"Interrupted: {hint}", file=sys.stderr)
             return 130
         finally:

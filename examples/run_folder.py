@@ -190,6 +190,18 @@ class RunFolder:
             if check_free(path, self.LOG, self.OTHERS, overwrite, more):
                 self.note = f"The earlier run in {path} is replaced."
 
+    def way_on(self, without: str, typed: list[str]) -> str:
+        """How to go on after an interruption.
+
+        Args:
+            without: Why it has to start again, where there is no checkpoint.
+            typed: What was typed to start the run.
+        """
+        if done := self.last():
+            command = resuming(typed)
+            return f"{self.path} keeps the log and {self._unit} {done}; go on with: {command}"
+        return f"{without}, so start again with --overwrite; the log is in {self.path}"
+
     def begin(self, state: Any) -> tuple[Any, list[Row]]:
         """Starts the run anew, or goes back to the last checkpoint and cuts the log off there.
 

@@ -233,8 +233,11 @@ def _from_record(record: Record) -> Suggestion:
     course = statistics.statistics_of_norms(statistics.after_warmup(norms), DEVIATIONS)
     relative_norm = statistics.relative_norms(norms, found.relative_norm)
     among = found.spikes if found.spikes.any() else np.isfinite(relative_norm)
-    factor = record.reading("factor")
-    steps = np.zeros(0) if factor is None else factor[np.isfinite(factor)]
+    share = suggestion_text.clipped_share(record)
+    # Without a share only norms that were logged after the clip can tell.
+    clipped = suggestion_text.capped(norms[known])
+    if share is not None:
+        clipped = suggestion_text.clipped(share)
     diverged = _divergence(norms, found.steps)
     notes = (*record.notes, *suggestion_text.notes(record))
     if diverged is not None and not _moves(course) and course.drift is not None:
@@ -248,9 +251,7 @@ def _from_record(record: Record) -> Suggestion:
         spikes=int(found.spikes.sum()),
         # Where a run begins wildly its own neighbors cannot tell, but the spread of the rest can.
         wild=float(np.nanmax(relative_norm)) > _least_spike(course, SPIKE_DEVIATIONS + 1),
-        clipped=suggestion_text.clipped(float((steps < 1).mean()))
-        if steps.size
-        else suggestion_text.capped(norms[known]),
+        clipped=clipped,
         diverged=diverged,
         notes=notes,
     )._replace(spike_score=found.spike_score, rose_first=found.rose_first)

@@ -105,6 +105,13 @@ def _moving(course: NormStatistics, backtest: Backtest) -> str:
     )
 
 
+def clipped_share(record: Record) -> float | None:
+    """The share of steps that were clipped; None where the log does not tell."""
+    factor = record.reading("factor")
+    known = np.zeros(0) if factor is None else factor[np.isfinite(factor)]
+    return float((known < 1).mean()) if known.size else None
+
+
 def clipped(share: float) -> str | None:
     """Why a run of which such a share was clipped cannot tell; None for one that can."""
     if share <= MOST_CLIPPED:
@@ -158,13 +165,9 @@ def notes(record: Record) -> list[str]:
         said.append(f"{infinite:,} of {count:,} norms not finite, and left out")
     if zero:
         said.append(f"{zero:,} of {count:,} norms 0, and left out")
-    factor = record.reading("factor")
-    known = np.zeros(0) if factor is None else factor[np.isfinite(factor)]
-    clipped = float((known < 1).mean()) if known.size else 0.0
-    if CLIPPED < clipped <= MOST_CLIPPED:
-        said.append(
-            f"{percent(clipped)} of the steps were clipped; without that norms would differ"
-        )
+    share = clipped_share(record)
+    if share is not None and CLIPPED < share <= MOST_CLIPPED:
+        said.append(f"{percent(share)} of the steps were clipped; without that norms would differ")
     if _learned_nothing(record):
         said.append(
             "the loss did not fall over the run; where it should have, the norms are those of a "
