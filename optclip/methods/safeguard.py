@@ -244,12 +244,13 @@ def safeguard(
             norm, given_steps = norms.pool(norms.l2, [found], [layout.sizes]).clamped(), 0
         else:
             norm, given_steps = norm_given(grad_norm, layout.dtype), 1
-        # What the clip makes of 1 is its factor.
-        ordinary, clip_state = clip.update(jnp.ones_like(norm), state.clip, grad_norm=norm)
+        # What the clip makes of a number says its factor, whose root is in range where it is not.
+        made, clip_state = clip.update(jnp.full_like(norm, 2.0**64), state.clip, grad_norm=norm)
+        root_of_clip = _numerics.square_root(made) * 2.0**-32
         clip_state = clip_state._replace(given_steps=state.clip.given_steps + given_steps)
         skipping = clip_state.nonfinite_steps > state.clip.nonfinite_steps
         skipping &= nonfinite == "skip"
-        gradient = gradient * ordinary
+        gradient = gradient * root_of_clip * root_of_clip
         now = number_at(ratio, state.bound.steps, weights)
 
         def step(
@@ -272,7 +273,7 @@ def safeguard(
             )
             share = nature.grows * nature.gain * jnp.abs(with_it - without) * root
             before = _limited(layout, share, room)
-            updates = _scaled(layout, updates, ordinary * before)
+            updates = _scaled(layout, updates, root_of_clip * _numerics.square_root(before))
             # After it, by what it may make of that. Mostly this does nothing where that did.
             one_size, numbers = ask(before * size)
             steps = jnp.asarray(optax.safe_increment(asked.steps))
@@ -281,7 +282,7 @@ def safeguard(
             after = _limited(layout, length, room)
             updates, inner_state = held.update(updates, inner_state, params, **extra_args)
             reached = _reached(layout, updates, one_size)
-            updates = _scaled(layout, updates, after)
+            updates = _scaled(layout, updates, _numerics.square_root(after))
             new = asked._replace(
                 numbers=jax.tree.map(_finite_or, asked.numbers, numbers),
                 reached=_reached_so_far(asked.reached, reached),
@@ -373,9 +374,9 @@ def _limited(layout: Layout, lengths: jax.Array, room: jax.Array) -> jax.Array:
     return limiters.factor_of(limiters.rescale, magnitude, room).product()
 
 
-def _scaled(layout: Layout, updates: optax.Updates, factor: jax.Array) -> optax.Updates:
-    roots = _cut(layout, _numerics.square_root(factor))
-    factors = {start: Factor(root, root) for start, root in roots.items()}
+def _scaled(layout: Layout, updates: optax.Updates, roots: jax.Array) -> optax.Updates:
+    """Each leaf times its root, twice."""
+    factors = {start: Factor(root, root) for start, root in _cut(layout, roots).items()}
     return limit.rescale(layout, updates, factors, measured=False)
 
 

@@ -39,6 +39,14 @@ class Method(NamedTuple):
     variant: str = ""
 
     @property
+    def threshold(self) -> str | None:
+        """The argument that is a threshold itself, in the gradient's units or the parameters'."""
+        names = ("max_norm", "init")
+        if not self.has_memory:
+            names += ("max_delta", "threshold", "clipping", "ratio")
+        return next((name for name in names if name in self.traced), None)
+
+    @property
     def name(self) -> str:
         """Its public name."""
         return self.factory.__name__

@@ -1,0 +1,184 @@
+"""The contracts by name, and what came of asking a clip for each."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import optax
+
+from optclip.testing import _numbers, _programs, _states
+from optclip.testing._samples import Broken, NotAsked
+from optclip.testing._subject import Factory, Subject, raised
+
+Check = Callable[[Subject], Iterator[str]]
+
+CONTRACTS: dict[str, tuple[Check, ...]] = {
+    "dtypes": (_numbers.types_are_kept, _numbers.types_of_thresholds),
+    "norms": (_numbers.norms_are_right, _numbers.norms_of_many_leaves),
+    "bound": (
+        _numbers.bound_holds,
+        _numbers.threshold_is_the_bound,
+        _numbers.small_is_left_alone,
+    ),
+    "zero_and_infinity": (
+        _numbers.no_nan_of_finite_numbers,
+        _numbers.threshold_0_and_infinity,
+        _numbers.derivatives_are_finite,
+    ),
+    "refusals": (_numbers.nonsense_is_refused,),
+    "nonfinite": (_numbers.nonfinite_is_all_or_nothing, _numbers.nonfinite_is_forgotten),
+    "not_floating": (_numbers.others_are_not_touched,),
+    "scan": (
+        _states.carry_keeps_its_form,
+        _states.scan_is_a_loop,
+        _states.init_needs_shapes_only,
+    ),
+    "donation": (_states.no_buffer_is_shared, _states.donated_steps_are_the_same),
+    "resume": (_states.resumed_is_the_same_run,),
+    "composition": (_states.composes,),
+    "meshes": (_programs.same_on_a_mesh,),
+    "shard_map": (_programs.same_in_shard_map,),
+    "scale": (_numbers.scales_with_the_gradient,),
+    "vmap": (_programs.vmap_is_a_loop,),
+    "retrace": (_programs.compiled_once, _programs.transformation_remembers_nothing),
+    "host": (_programs.nothing_is_asked_of_the_host,),
+}
+"""What a clip should keep to: a name for each promise, and the checks of it."""
+
+
+class Result(NamedTuple):
+    """What came of one contract.
+
+    Attributes:
+        contract: Its name.
+        findings: A line for each promise that is not kept, with the input that shows it.
+        not_asked: Why some of it was not tried, a line each.
+        seconds: How long it took.
+    """
+
+    contract: str
+    findings: tuple[str, ...]
+    not_asked: tuple[str, ...]
+    seconds: float
+
+    @property
+    def kept(self) -> bool | None:
+        """Whether the contract is kept; None where nothing of it was tried."""
+        if self.findings:
+            return False
+        return None if len(self.not_asked) == len(CONTRACTS[self.contract]) else True
+
+
+class Report(NamedTuple):
+    """What a clip keeps to.
+
+    Attributes:
+        clip: Its name.
+        results: One for each contract that was asked for.
+    """
+
+    clip: str
+    results: tuple[Result, ...]
+
+    @property
+    def kept(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """All findings, each with its contract in front."""
+        return tuple(f"{x.contract}: {line}" for x in self.results for line in x.findings)
+
+    def to_json(self) -> str:
+        """As JSON: the clip, whether it keeps to all, and each contract's fields."""
+        results = [
+            {**x._asdict(), "kept": x.kept, "seconds": round(x.seconds, 2)} for x in self.results
+        ]
+        return json.dumps({"clip": self.clip, "kept": self.kept, "contracts": results})
+
+    def __str__(self) -> str:
+        width = max((len(x.contract) for x in self.results), default=0)
+        lines = [self.clip]
+        for x in self.results:
+            said = {True: ("kept",), None: tuple(f"not asked: {why}" for why in x.not_asked)}
+            first, *rest = said.get(x.kept, x.findings)
+            lines.append(f"  {x.contract:{width}}  {first}")
+            lines += [f"  {'':{width}}  {line}" for line in rest]
+        return "\n".join(lines)
+
+
+def contracts_named(names: Iterable[str] | None) -> tuple[str, ...]:
+    """The contracts of these names; all where none are given.
+
+    Raises:
+        ValueError: If there is no such contract.
+    """
+    if names is None:
+        return tuple(CONTRACTS)
+    names = (names,) if isinstance(names, str) else tuple(names)
+    for name in names:
+        if name not in CONTRACTS:
+            raise ValueError(f"there is no contract {name!r}; there are {', '.join(CONTRACTS)}")
+    return names
+
+
+def ask(subject: Subject, contract: str) -> Result:
+    """Asks a clip for one contract."""
+    began = time.perf_counter()
+    findings, not_asked = [], []
+    for check in CONTRACTS[contract]:
+        try:
+            findings += check(subject)
+        except Broken as broken:
+            findings.append(str(broken))
+        except NotAsked as reason:
+            not_asked.append(str(reason))
+        except Exception as error:  # Whatever a clip raises is a finding about the clip.
+            findings.append(f"{_promise(check)} Trying that raised {raised(error)}")
+    unique = tuple(dict.fromkeys(findings)), tuple(dict.fromkeys(not_asked))
+    if len(not_asked) < len(CONTRACTS[contract]):
+        return Result(contract, *unique, time.perf_counter() - began)
+    return Result(contract, unique[0], tuple(not_asked), time.perf_counter() - began)
+
+
+def _promise(check: Check) -> str:
+    return " ".join((check.__doc__ or "").split())
+
+
+def report(
+    clip: optax.GradientTransformation | Factory,
+    *,
+    threshold: str | None = None,
+    contracts: Sequence[str] | None = None,
+    quick: bool = False,
+    readings: Callable[[Any], Any] | None = None,
+    name: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Report:
+    """Asks a clip for its contracts, and reports what it keeps to and what not."""
+    subject = Subject(clip, threshold=threshold, name=name, readings=readings, quick=quick)
+    results = []
+    for contract in contracts_named(contracts):
+        results.append(ask(subject, contract))
+        if progress is not None:
+            progress(contract)
+    return Report(subject.name, tuple(results))
+
+
+def check_clip(
+    clip: optax.GradientTransformation | Factory,
+    *,
+    threshold: str | None = None,
+    contracts: Sequence[str] | None = None,
+    quick: bool = False,
+    readings: Callable[[Any], Any] | None = None,
+) -> None:
+    """Raises an AssertionError with every finding, where a clip does not keep to its contracts."""
+    found = report(clip, threshold=threshold, contracts=contracts, quick=quick, readings=readings)
+    if not found.kept:
+        lines = "\n".join(f"  {line}" for line in found.findings)
+        raise AssertionError(
+            f"{found.clip} does not keep to {len(found.findings)} of its promises:\n{lines}"
+        )

@@ -1,0 +1,35 @@
+"""Every method keeps to what `optclip.testing` asks of any clip."""
+
+import functools
+
+import pytest
+from helpers.samples import ALL_METHODS, once_a_method
+
+import optclip
+from optclip.testing import CONTRACTS
+from optclip.testing._report import ask
+from optclip.testing._subject import Subject
+
+LESS = {
+    "clippy": {"absolute": 1e-12},  # Which is a scale of its own.
+}
+"""Arguments other than the registry's."""
+
+
+@once_a_method
+def subject_of(method):
+    detail = {"detail": True} if method.takes("detail") else {}
+    arguments = {**method.arguments, **detail, **LESS.get(method.name, {})}
+    return Subject(
+        functools.partial(method.factory, **arguments),
+        threshold=method.threshold,
+        readings=optclip.metrics,
+        quick=True,
+    )
+
+
+@pytest.mark.parametrize("method", ALL_METHODS, ids=str)
+@pytest.mark.parametrize("contract", CONTRACTS)
+def test_contract(method, contract):
+    result = ask(subject_of(method), contract)
+    assert not result.findings, "\n".join(result.findings)
