@@ -106,8 +106,9 @@ def _sum_in_64_bits(norm: Norm, x: jax.Array, axes: Axes, size: np.float64) -> j
     assert norm.entries is not None
     if not jnp.iscomplexobj(x):
         return _numerics.sum_in_64_bits(norm.entries, x, axes)
-    with jax.enable_x64(False):  # JAX loses its dtype in derivatives there.
-        scales = norms.window_scales(norm, jnp.float32)
+    own = _numerics.accumulator(x.dtype)
+    with jax.enable_x64(own == jnp.float64):  # Else JAX loses the leaf's dtype in derivatives.
+        scales = norms.window_scales(norm, own)
         found = norms.window(norm, _numerics.sums_at(norm.entries, scales, axes, x), size)
     value, scale = (part.astype(jnp.float64) for part in found)
     return norm.lift(value / scale, size)

@@ -42,20 +42,22 @@ THRESHOLDS = {
 
 def types_are_kept(subject: Subject) -> Iterator[str]:
     """Updates have the types and shapes of the gradient, whatever those of the parameters."""
+    shapes = ((), (3,), (2, 3), (0, 2), (1, 4), (2, 1, 3), (2, 2, 1, 3), (1, 2, 1, 2, 3))
     leaf = st.builds(
-        jax.ShapeDtypeStruct,
-        st.sampled_from(((), (3,), (2, 3), (0, 2), (2, 1, 3))),
-        st.sampled_from(TYPES).map(jnp.dtype),
+        jax.ShapeDtypeStruct, st.sampled_from(shapes), st.sampled_from(TYPES).map(jnp.dtype)
     )
+    names = st.sampled_from(("a", "b", "a_kernel", "bias"))
 
     def holds(drawn: Any) -> None:
         leaves, params_type = drawn
-        params = [jax.ShapeDtypeStruct(x.shape, jnp.dtype(params_type)) for x in leaves]
+        params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(params_type)), leaves
+        )
         said = f"updates {in_words(leaves)}, parameters of {params_type}"
         _types_kept(said, lambda: _updated(subject.transform, leaves, params), leaves)
 
     falsify(
-        st.tuples(st.lists(leaf, min_size=1, max_size=3), st.sampled_from(TYPES[:2])),
+        st.tuples(st.dictionaries(names, leaf, min_size=1, max_size=3), st.sampled_from(TYPES[:3])),
         holds,
         subject.examples,
     )

@@ -86,37 +86,6 @@ def alone(method):
 
 
 @each_method
-def test_apply_if_finite(method):
-    optimizer = optax.apply_if_finite(optax.chain(method.build(), optax.sgd(0.5)), 3)
-    assert_same(run(optimizer), (alone(method).updates, alone(method).readings))
-
-
-@each_method
-def test_multi_steps_clips_the_mean(method):
-    optimizer = optax.MultiSteps(optax.chain(method.build(), optax.sgd(0.5)), every_k_schedule=2)
-    updates, readings = run(optimizer.gradient_transformation(), times=2)
-    assert_close((updates, readings), (alone(method).updates, alone(method).readings))
-
-
-@each_method
-def test_masked_and_partition_clip_their_part_by_itself(method):
-    clip = optax.chain(method.build(), optax.scale(-0.5))
-    updates, readings = run(clip, {"b": PARAMS["b"]}, [{"b": step["b"]} for step in GRADIENTS])
-
-    masked = optax.masked(clip, {"a": False, "b": True})
-    left_alone = [{"a": step["a"]} for step in GRADIENTS]
-    assert_same(run(masked), (merged(left_alone, updates), readings))
-
-    parted = optax.partition({"x": clip, "y": optax.sgd(0.5)}, {"a": "y", "b": "x"})
-    halved = [{"a": -step["a"] / 2} for step in GRADIENTS]
-    assert_same(run(parted), (merged(halved, updates), readings))
-
-
-def merged(some, others):
-    return [{**one, **other} for one, other in zip(some, others, strict=True)]
-
-
-@each_method
 def test_several_clips_are_numbered_in_the_order_of_the_chain(method):
     optimizer = optax.named_chain(
         ("before", optclip.measure_norms()),

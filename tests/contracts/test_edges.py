@@ -16,7 +16,6 @@ from helpers.running import (
     each_method,
     each_method_with_a_threshold,
     each_method_with_detail,
-    each_method_without_memory,
     in_one,
     readings,
     start,
@@ -78,18 +77,6 @@ def test_4_of_a_zero_gradient_every_norm_is_0(method):
     assert_same(after.detail.growth, before.detail.growth)
     assert_same(after.memory, before.memory)
     assert readings(state)["clip_rate"] <= readings(begin.state)["clip_rate"]
-
-
-@each_method_without_memory
-def test_4_threshold_0_gives_zeros_and_infinity_the_input(method):
-    gradient = params = {"w": jnp.asarray(DIRECTION, jnp.float32), "b": jnp.ones(3, jnp.float16)}
-    for threshold in (0.0, math.inf) if method.traced else (math.inf,):
-        transform = method.build(**numbers_for(method, threshold))
-        updates, _ = quick_jit(transform.update)(gradient, transform.init(params), params)
-        if threshold == 0:
-            assert all(not np.any(clips.wide(x)) for x in jax.tree.leaves(updates))
-        else:
-            assert_same(updates, gradient)
 
 
 WEIGHTS = jax.tree.map(np.asarray, values(TREES["small"], seed=1))
