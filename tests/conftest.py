@@ -1,4 +1,4 @@
-"""Eight CPU devices, strictness around optclip's own code, examples as modules; and who runs when.
+"""Eight CPU devices, strictness around optclip's own code, examples as modules; what runs when.
 
 Warnings are errors.
 """
@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from zlib import crc32
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -16,6 +17,17 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--sample",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of every test with cases one case in N, of each method others; for a second version "
+        "of Python or JAX",
+    )
 
 
 def pytest_configure(config):
@@ -40,11 +52,18 @@ def pytest_xdist_auto_num_workers(config):
     return 0 if named else len(os.sched_getaffinity(0))
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Tests of one method together, since they share compiled programs; those that time at the end.
 
     Workers begin with a half of the list each, so every program is compiled by one of them.
     """
+    one_in = config.getoption("--sample")
+    left_out = [
+        item for item in items if hasattr(item, "callspec") and crc32(item.name.encode()) % one_in
+    ]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
     def place(item):
         method = getattr(item, "callspec", None) and item.callspec.params.get("method")

@@ -69,8 +69,12 @@ def is_floating(x: Any) -> bool:
 def slack(dtype: Any) -> float:
     """By how much an entry may be off that is too small for its type: flushed, or half a step."""
     limits = jnp.finfo(dtype)
-    flushed = limits.dtype.name in ("float64", "float32", "bfloat16")
-    return 2 * float(limits.tiny) if flushed else float(limits.smallest_subnormal) / 2
+    return 2 * float(limits.tiny) if is_flushed(dtype) else float(limits.smallest_subnormal) / 2
+
+
+def is_flushed(dtype: Any) -> bool:
+    """Whether entries too small for the type become 0 on a CPU, and not the nearest step."""
+    return jnp.finfo(dtype).dtype.name in ("float64", "float32", "bfloat16")
 
 
 def wide(x: Any) -> np.ndarray:

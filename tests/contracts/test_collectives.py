@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.registry import ONE_OF_EACH_KIND
 from helpers.samples import ALL_METHODS, assert_close, assert_same, quick_jit, specs_of_state
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -22,7 +23,7 @@ SMALLEST = 256
 
 pytestmark = pytest.mark.usefixtures("strict")
 
-each_method = pytest.mark.parametrize("method", ALL_METHODS, ids=str)
+each_kind = pytest.mark.parametrize("method", ONE_OF_EACH_KIND, ids=str)
 
 
 def ones():
@@ -55,7 +56,7 @@ def refused(function, *parts, tree=None):
         jax.eval_shape(function, tree, tree)
 
 
-@each_method
+@each_kind
 def test_a_part_is_not_taken_for_the_whole(method):
     refused(
         mapped(method),
@@ -66,7 +67,7 @@ def test_a_part_is_not_taken_for_the_whole(method):
     )
 
 
-@each_method
+@each_kind
 def test_an_axis_left_out_of_axis_name_is_noticed(method):
     refused(
         mapped(method, axis_name="data"),
@@ -77,7 +78,7 @@ def test_an_axis_left_out_of_axis_name_is_noticed(method):
     )
 
 
-@each_method
+@each_kind
 def test_where_jax_does_not_track_sharded_is_asked_for(method):
     ways_out = "'a'", "sharded=", "PartitionSpecs", "function from path", "check_vma=True"
     refused(mapped(method, check_vma=False, axis_name=("data", "model")), *ways_out)
@@ -90,7 +91,7 @@ def test_where_jax_does_not_track_sharded_is_asked_for(method):
     refused(pmapped, "axis_name='part'", *ways_out[1:], tree=tree)
 
 
-@each_method
+@each_kind
 def test_an_axis_that_is_none_here_is_refused(method):
     transform, state = method.build(axis_name=("data", "tensr")), method.build().init(ones())
 
@@ -103,14 +104,14 @@ def test_an_axis_that_is_none_here_is_refused(method):
     refused(mapped(method, axis_name=("data", "tensr")), "no such mesh axis", "names of their axes")
 
 
-@each_method
+@each_kind
 @pytest.mark.parametrize("sharded", [SPECS, lambda path: SPECS[path], NAMES.get])
 def test_an_answer_with_an_axis_that_axis_name_lacks_is_refused(method, sharded):
     update = mapped(method, check_vma=False, axis_name="data", sharded=sharded)
     refused(update, "'a'", "'model'", "axis_name")
 
 
-@each_method
+@each_kind
 @pytest.mark.parametrize("axis_name", [None, ()])
 def test_sharded_without_a_name_of_an_axis_is_refused(method, axis_name):
     for sharded in (SPECS, NAMES.get):
@@ -126,7 +127,7 @@ CONTRADICTIONS = {
 }
 
 
-@each_method
+@each_kind
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_an_answer_that_contradicts_what_jax_tracks_is_refused(method, name):
     leaf, spec, said, known = CONTRADICTIONS[name]
@@ -139,7 +140,7 @@ def test_an_answer_that_contradicts_what_jax_tracks_is_refused(method, name):
     )
 
 
-@each_method
+@each_kind
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_a_tree_of_shardings_means_their_specs(method, check_vma):
     shardings = {name: NamedSharding(mesh_of(), spec) for name, spec in SPECS.items()}
@@ -152,7 +153,7 @@ def test_a_tree_of_shardings_means_their_specs(method, check_vma):
     assert_same(*updates)
 
 
-@each_method
+@each_kind
 def test_an_axis_that_the_compiler_manages_may_stand_in_an_answer(method):
     manual = {"a": P("data"), "b": P(), "bias": P(), "c": P(None, "data")}
     arguments = {"axis_name": "data", "sharded": SPECS}
@@ -185,7 +186,7 @@ def test_a_part_of_length_one_is_not_taken_for_a_vector(method):
         )
 
 
-@each_method
+@each_kind
 def test_no_axis_name_on_purpose_clips_each_part_by_itself(method):
     random = np.random.default_rng(0)
 
@@ -252,7 +253,7 @@ def reductions(method):
     return {"linf": 2, "l2": passes(method)}.get(method.norm, 1) + (method.scope == "element")
 
 
-@each_method
+@each_kind
 def test_one_collective_a_measurement_under_shard_map(method):
     transform = method.build(axis_name=("data", "model"), sharded=SPECS)
     state = transform.init(ones())
@@ -270,7 +271,7 @@ def test_one_collective_a_measurement_under_shard_map(method):
     assert all(entries < SMALLEST for _, _, entries in found)
 
 
-@each_method
+@each_kind
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_as_few_collectives_as_optax_under_jit(method, axis_type):
     mesh = mesh_of(axis_type)

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.registry import ONE_OF_EACH_KIND
 from helpers.samples import (
-    ALL_METHODS,
     assert_close,
     detailed,
     once_a_method,
@@ -29,7 +29,7 @@ import optclip
 
 pytestmark = pytest.mark.usefixtures("strict")
 
-each_method = pytest.mark.parametrize("method", ALL_METHODS, ids=str)
+each_kind = pytest.mark.parametrize("method", ONE_OF_EACH_KIND, ids=str)
 
 SPECS = {
     "kernel": P(("data", "fsdp")),
@@ -268,13 +268,13 @@ MANUAL = {
 }
 
 
-@each_method
+@each_kind
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_whole_arrays_and_pmap(method, layout):
     assert_close(LAYOUTS[layout](method), single(method).steps)
 
 
-@each_method
+@each_kind
 @pytest.mark.parametrize("layout", MANUAL)
 def test_shard_map(method, layout):
     manual = MANUAL[layout]

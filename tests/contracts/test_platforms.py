@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.registry import METHODS
-from helpers.running import assert_as_the_oracle, each_method, start
+from helpers.registry import METHODS, ONE_OF_EACH_KIND, WRAPPERS
+from helpers.running import assert_as_the_oracle, start
 from helpers.samples import assert_close, quick_jit
 from helpers.strategies import KINDS, TREES, values
 
@@ -18,6 +18,9 @@ from benchmarks.speed.work import work_of
 from optclip import _numerics, norms, scopes
 
 OTHERS = ("cuda", "tpu")
+each_kind = pytest.mark.parametrize(
+    "method", [m for m in ONE_OF_EACH_KIND if m not in WRAPPERS], ids=str
+)
 each_platform = pytest.mark.parametrize("platform", OTHERS)
 
 
@@ -27,7 +30,7 @@ def forced(monkeypatch, platform):
 
 
 @each_platform
-@each_method
+@each_kind
 def test_2_and_3_are_right_at_every_magnitude(method, platform, forced):
     begin = start(method, "types")
     update = quick_jit(method.build().update)
@@ -78,7 +81,7 @@ def test_4_derivatives_are_those_of_a_cpu(name, platform, monkeypatch):
 
 
 @pytest.mark.parametrize("platform", ["cpu", *OTHERS])
-@each_method
+@each_kind
 def test_4_a_gradient_that_the_compiler_knows_is_measured_as_any_other(method, platform, forced):
     """Zeros of a part that is frozen: of squares XLA would take out that of a scale, infinity."""
     transform, params = method.build(), {"a": jnp.ones((40, 30)), "b": jnp.ones(3)}

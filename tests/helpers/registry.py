@@ -221,6 +221,22 @@ WRAPPERS = (
 )
 """Wrappers of optimizers, around one that changes nothing."""
 
+
+def _one_of_each_kind(methods: tuple[Method, ...]) -> tuple[Method, ...]:
+    def kind(method: Method) -> Any:
+        own = method.factory if method in WRAPPERS or method.variant == "histogram" else None
+        return method.scope, method.norm, method.hard, method.has_memory, method.needs_params, own
+
+    return tuple({kind(method): method for method in reversed(methods)}.values())[::-1]
+
+
+ONE_OF_EACH_KIND = _one_of_each_kind(METHODS + WRAPPERS)
+"""Of methods that differ only in the rule for the threshold the first.
+
+For tests of how devices, platforms and exported programs measure and multiply. That every method
+is right on a mesh and in `shard_map` is among what `test_public_suite.py` asks.
+"""
+
 WITHOUT_METHOD = {"ClipState", "Restored", "clip_by", "grew_most", "metrics", "restore_state"} | {
     "histograms",
     "limiters",

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import clips, methods
@@ -17,6 +16,7 @@ import optclip
 from helpers import strategies
 from helpers.registry import METHODS, Method
 from helpers.samples import quick_jit
+from optclip.testing._samples import ROUNDOFF, is_flushed, slack
 
 
 def each(wanted: Callable[[Method], bool]) -> Any:
@@ -35,10 +35,6 @@ LARGEST = float(np.finfo(np.float32).max)
 TINY = float(np.finfo(np.float32).tiny)
 WARM_UP = 60
 """Ordinary steps that a method with memory has seen before it is put to the test."""
-
-ROUNDOFF = {"float32": 2e-6, "complex64": 2e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-ROUNDOFF |= {"float8_e4m3fn": 2.0**-4, "float8_e5m2": 2.0**-3}
-"""By how much, relatively, a clipped entry may be off in its own type."""
 
 DEFAULTS = {"nonfinite": "propagate", "detail": False}
 
@@ -176,12 +172,6 @@ def in_one(norms: Any) -> np.ndarray:
     return np.concatenate([np.atleast_1d(x) for x in jax.tree.leaves(norms)] or [np.zeros(0)])
 
 
-def slack(dtype: Any) -> float:
-    """By how much an entry may be off that is too small for its type: flushed, or half a step."""
-    limits = jnp.finfo(dtype)
-    return 2 * float(limits.tiny) if is_flushed(dtype) else float(limits.smallest_subnormal) / 2
-
-
 def bound_of(begin: Start, tree: Any, group: clips.Group, threshold: float) -> float:
     """How large the norm of a clipped group may be once its entries are rounded to their types.
 
@@ -192,8 +182,3 @@ def bound_of(begin: Start, tree: Any, group: clips.Group, threshold: float) -> f
     small = begin.oracle.measure(jax.tree.unflatten(structure, steps), begin.params, group)
     roundoff = max(ROUNDOFF[leaves[place].dtype.name] for place, _ in group)
     return threshold * (1 + roundoff) + (small if math.isfinite(threshold) else 0)
-
-
-def is_flushed(dtype: Any) -> bool:
-    """Whether entries too small for the type become 0, and not the nearest step."""
-    return jnp.finfo(dtype).dtype.name in ("float32", "bfloat16")

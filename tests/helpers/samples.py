@@ -11,31 +11,12 @@ import optax
 from jax.sharding import PartitionSpec
 
 from helpers.registry import METHODS, WRAPPERS, Method
+from optclip.testing._subject import quick_options
 
 ALL_METHODS = METHODS + WRAPPERS
 T = TypeVar("T")
 
-
-def _known(options: dict[str, Any]) -> dict[str, Any]:
-    """Those compiler options that this version of XLA knows; asked once."""
-
-    def compiles(name: str) -> bool:
-        try:
-            jax.jit(lambda: jnp.int32(0), compiler_options={name: options[name]})()
-        except jax.errors.JaxRuntimeError:
-            return False
-        return True
-
-    return {name: value for name, value in options.items() if compiles(name)}
-
-
-QUICK = _known(
-    {
-        "xla_backend_optimization_level": 0,
-        "xla_cpu_parallel_codegen_split_count": 1,
-        "xla_cpu_use_fusion_emitters": False,
-    }
-)
+QUICK = quick_options()
 """Options of XLA's CPU backend."""
 
 SHAPES = {"attention": {"kernel": (6, 4), "query": (2, 3, 4)}, "bias": (4,), "scale": ()}
