@@ -26,7 +26,7 @@ from optclip.testing._samples import (
     types_of,
     wide,
 )
-from optclip.testing._subject import Subject, attempt, raised
+from optclip.testing._subject import Subject, attempt, like, raised
 
 THRESHOLDS = {
     "a float": float,
@@ -149,13 +149,9 @@ class InDouble:
 
     def __call__(self, updates: Any, params: Any) -> Any:
         """The updates after ordinary steps, for 64-bit copies of what is given."""
-        from optclip.testing._subject import STEPS_BEFORE, _like
-
         subject = self._subject
         key = str(jax.tree.map(lambda x: (x.shape, x.dtype), updates))
-        ordinary = [
-            _like(params, seed, 0.1) for seed in range(STEPS_BEFORE if subject.learns else 0)
-        ]
+        ordinary = [like(params, seed, 0.1) for seed in range(subject.steps_before)]
         with jax.enable_x64(True):
             wide_params = jax.tree.map(lambda x: jnp.asarray(wide(x)), params)
             if key not in self._states:
@@ -245,14 +241,14 @@ def threshold_is_the_bound(subject: Subject) -> Iterator[str]:
         state = subject.fresh(params)
 
         def holds(leaf: Any, params: Any = params, state: Any = state) -> None:
-            updates, _ = subject.update({"w": leaf}, state, params)
+            said = f"updates {in_words(leaf)}"
+            updates, _ = attempt(said, lambda: subject.update({"w": leaf}, state, params))
             kind = leaf.dtype.name
             most = subject.value * (1 + ROUNDOFF[kind]) + 4 * slack(kind)
             norm = max(measured.norms(updates), default=0.0)
             require(
                 norm <= most,
-                f"updates {in_words(leaf)}: the {measured.name} is {norm:.7g} after clipping to "
-                f"{subject.value:g}",
+                f"{said}: the {measured.name} is {norm:.7g} after clipping to {subject.value:g}",
             )
 
         try:
@@ -384,7 +380,7 @@ def nonfinite_is_forgotten(subject: Subject) -> Iterator[str]:
     params = {"v": jnp.ones(2), "w": jnp.ones(3)}
     shapes = jax.tree.map(jnp.shape, params)
     scale = subject.scale
-    for warm_up in (0, 20):
+    for warm_up in (0, subject.steps_before or 20):
         clean = disturbed = subject.fresh(params)
         for step in range(warm_up + 8):
             spike = 1.0 if step == warm_up + 6 else 0.1

@@ -46,9 +46,7 @@ def same_on_a_mesh(subject: Subject) -> Iterator[str]:
             update = subject.jit(lambda *args: subject.transform.update(*args))
             split = _split(params, mesh)
             state = subject.fresh(split)
-            state = jax.tree.map(
-                lambda x, at: jax.device_put(at, x.sharding), state, subject.started
-            )
+            state = jax.tree.map(_placed_as, state, subject.started)
             found = []
             for gradient in gradients:
                 updates, state = update(_split(gradient, mesh), state, split)
@@ -107,6 +105,11 @@ def _on_one_device(subject: Subject) -> tuple[Any, list[Any], list[Any]]:
         updates, state = subject.update(gradient, state, params)
         right.append(jax.device_get(updates))
     return params, gradients, right
+
+
+def _placed_as(x: Any, at: Any) -> Any:
+    """The second array where the first lies; anywhere, if that is nobody's decision."""
+    return jax.device_put(at, x.sharding) if x.committed else jnp.asarray(np.asarray(at))
 
 
 def _split(tree: Any, mesh: Mesh) -> Any:

@@ -157,7 +157,35 @@ def report(
     name: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
-    """Asks a clip for its contracts, and reports what it keeps to and what not."""
+    """Asks a clip for its contracts, and reports what it keeps to and what not.
+
+    Args:
+        clip: A clip, or a function that makes one. With a function more can be asked: other
+            thresholds, and `axis_name=` where it has that argument.
+        threshold: The function's argument that is the threshold, in the units of the gradient or of
+            the parameters; by default the first that has to be given. It is tested with its default
+            value, or with 1. Other arguments are given by `functools.partial`.
+        contracts: Names from `CONTRACTS`; by default all.
+        quick: Fewer inputs, in three types of leaves and not in six, compiled with less care.
+        readings: What a training script reads from a state, as `optclip.metrics` does; it has to be
+            the same inside Optax's wrappers.
+        name: What the clip is called in the report; by default the function's name.
+        progress: Called with the name of each contract that was asked.
+
+    Returns:
+        The report: `print` shows it, `to_json()` is for programs.
+
+    Raises:
+        TypeError: If `clip` is neither a clip nor a function.
+        ValueError: If the function has no such argument, or needs others too; if there is no such
+            contract.
+
+    Examples:
+        >>> import optclip, optclip.testing
+        >>> print(optclip.testing.report(optclip.clip_by_global_norm, contracts=["refusals"]))
+        clip_by_global_norm
+          refusals  kept
+    """
     subject = Subject(clip, threshold=threshold, name=name, readings=readings, quick=quick)
     results = []
     for contract in contracts_named(contracts):
@@ -175,7 +203,28 @@ def check_clip(
     quick: bool = False,
     readings: Callable[[Any], Any] | None = None,
 ) -> None:
-    """Raises an AssertionError with every finding, where a clip does not keep to its contracts."""
+    """Fails with every finding where a clip does not keep to its contracts; for tests of your own.
+
+    Args:
+        clip: A clip, or a function that makes one.
+        threshold: The function's argument that is the threshold; see `report`.
+        contracts: Names from `CONTRACTS`; by default all.
+        quick: Fewer inputs; see `report`.
+        readings: What a training script reads from a state; see `report`.
+
+    Raises:
+        AssertionError: With a line for each promise that is not kept.
+        TypeError: If `clip` is neither a clip nor a function.
+        ValueError: If an argument names what is not there; see `report`.
+
+    Examples:
+        >>> import optax, optclip.testing
+        >>> optclip.testing.check_clip(optax.clip_by_global_norm, contracts=["refusals"])
+        Traceback (most recent call last):
+        AssertionError: clip_by_global_norm does not keep to 2 of its promises:
+          refusals: max_norm=-1 is accepted: float32[3, 4] becomes float32[-0.6, -0.8]
+          refusals: max_norm=nan is accepted: float32[3, 4] becomes float32[nan, nan]
+    """
     found = report(clip, threshold=threshold, contracts=contracts, quick=quick, readings=readings)
     if not found.kept:
         lines = "\n".join(f"  {line}" for line in found.findings)

@@ -15,8 +15,8 @@ from optclip.testing._samples import Broken, NotAsked, first_other, normal
 
 Factory = Callable[..., optax.GradientTransformation]
 
-STEPS_BEFORE = 60
-"""Ordinary steps that a clip with a memory has seen before it is put to the test."""
+WARM_UPS = (60, 300)
+"""Ordinary steps before a clip with a memory is tested: more where it needs them to clip."""
 
 QUICK = {
     "xla_backend_optimization_level": 0,
@@ -169,8 +169,8 @@ class Subject:
     def warm(self, params: Any, scale: float = 0.1) -> Any:
         """The state after ordinary steps where it has a memory; else a fresh one."""
         state = self.fresh(params)
-        for seed in range(STEPS_BEFORE if self.learns else 0):
-            _, state = self.update(_like(params, seed, scale), state, params)
+        for seed in range(self.steps_before):
+            _, state = self.update(like(params, seed, scale), state, params)
         return state
 
     @functools.cached_property
@@ -178,15 +178,26 @@ class Subject:
         """Ordinary parameters."""
         return normal(seed=1000)
 
-    @functools.cached_property
+    @property
     def learns(self) -> bool:
         """Whether what it does with a gradient depends on those before."""
-        params, spike = self.params, normal(seed=1, scale=1.0)
+        return self.steps_before > 0
+
+    @functools.cached_property
+    def steps_before(self) -> int:
+        """How many ordinary steps it takes until it does something else than at first; else 0."""
+        params, spike = self.params, normal(seed=1)
         state = fresh = self.fresh(params)
-        for seed in range(STEPS_BEFORE):
-            _, state = self.update(normal(seed, scale=0.1), state, params)
-        later, first = (self.update(spike, at, params)[0] for at in (state, fresh))
-        return first_other(later, first, rtol=1e-5) is not None
+        if not jax.tree.leaves(fresh):
+            return 0
+        first, _ = self.update(spike, fresh, params)
+        for seed in range(WARM_UPS[-1]):
+            _, state = self.update(normal(seed % 16, scale=0.1), state, params)
+            if seed + 1 in WARM_UPS:
+                later, _ = self.update(spike, state, params)
+                if first_other(later, first, rtol=1e-5) is not None:
+                    return seed + 1
+        return 0
 
     @functools.cached_property
     def needs_params(self) -> bool:
@@ -309,7 +320,7 @@ def _innermost(function: Any) -> Any:
     return function
 
 
-def _like(tree: Any, seed: int, scale: float) -> Any:
+def like(tree: Any, seed: int, scale: float) -> Any:
     """Normal entries in the shapes and types of a tree."""
     random = np.random.default_rng(seed)
     return jax.tree.map(

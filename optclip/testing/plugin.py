@@ -28,6 +28,29 @@ def add_options(parser: Any) -> None:
     group.addoption("--quick", action="store_true", help="fewer inputs and types")
 
 
+SUBJECTS = pytest.StashKey[list[Subject]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The clips that were named, before anything is collected."""
+    clips: list[str] = config.getoption("--clip") or []
+    if not clips:
+        raise pytest.UsageError("which clip? give --clip MODULE:NAME")
+    devices()
+    try:
+        config.stash[SUBJECTS] = [
+            Subject(
+                named(clip),
+                threshold=config.getoption("--threshold"),
+                name=clip,
+                quick=bool(config.getoption("--quick")),
+            )
+            for clip in clips
+        ]
+    except (TypeError, ValueError) as error:
+        raise pytest.UsageError(str(error)) from error
+
+
 def pytest_collect_file(file_path: Path, parent: Any) -> Any:
     """Tests for the file that lists the contracts."""
     if file_path == FILE:
@@ -40,23 +63,10 @@ class Contracts(pytest.File):
 
     def collect(self) -> Iterator[Any]:
         """One test for each clip and contract."""
-        clips = self.config.getoption("--clip")
-        if not clips:
-            raise pytest.UsageError("which clip? give --clip MODULE:NAME")
-        devices()
-        for clip in clips:
-            try:
-                subject = Subject(
-                    named(clip),
-                    threshold=self.config.getoption("--threshold"),
-                    name=clip,
-                    quick=bool(self.config.getoption("--quick")),
-                )
-            except (TypeError, ValueError) as error:
-                raise pytest.UsageError(str(error)) from error
+        for subject in self.config.stash[SUBJECTS]:
             for contract in CONTRACTS:
                 yield Contract.from_parent(
-                    self, name=f"{clip}-{contract}", subject=subject, contract=contract
+                    self, name=f"{subject.name}-{contract}", subject=subject, contract=contract
                 )
 
 

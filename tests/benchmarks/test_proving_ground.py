@@ -1,5 +1,6 @@
 """The proving ground, tiny: what reaches the gradient, what is scored, what is run again."""
 
+import functools
 import json
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.samples import QUICK
 
 from benchmarks.proving_ground import (
     __main__,
@@ -386,6 +388,7 @@ def test_contenders_are_public_methods_with_names_of_their_own():
 def test_every_rival_learns(name, monkeypatch):
     """At one of its rates, on the task of its kind."""
     monkeypatch.setattr(transformer, "LAYERS", 1)
+    monkeypatch.setattr(training.jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
     kinds = {"": "transformer, momentum", "momentum": "transformer, momentum"}
     task = TASKS[kinds.get(METHODS[name].family, "transformer, AdamW")]
     setting, steps = task.settings[0], 60

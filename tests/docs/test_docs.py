@@ -14,7 +14,7 @@ import re
 import pytest
 
 import optclip
-from optclip import catalogue, histograms, limiters, norms, scopes, thresholds, tuning
+from optclip import catalogue, histograms, limiters, norms, scopes, testing, thresholds, tuning
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -70,7 +70,7 @@ def pieces(module, kind):
 def public_names():
     modules = {"histograms", "limiters", "norms", "scopes", "thresholds"}
     yield from (f"optclip.{name}" for name in optclip.__all__ if name not in modules)
-    for module in (thresholds, tuning, catalogue):
+    for module in (thresholds, tuning, testing, catalogue):
         yield from (f"{module.__name__}.{name}" for name in module.__all__)
     yield from pieces(norms, norms.Norm)
     yield from pieces(scopes, scopes.Scope)
