@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         choices=tuple(CONTRACTS),
         help="only this contract; may be given again",
     )
-    add("--quick", action="store_true", help="fewer inputs and types; at most half a minute")
+    add("--quick", action="store_true", help="fewer inputs, of fewer types: 10 to 30 seconds")
     add("--json", action="store_true", help="JSON instead of a table")
     try:
         options = parser.parse_args(arguments)

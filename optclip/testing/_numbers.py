@@ -265,7 +265,7 @@ def small_is_left_alone(subject: Subject) -> Iterator[str]:
         gradient = jax.tree.map(lambda x, scale=scale: x * jnp.float32(scale), subject.soft)
         updates, _ = subject.update(gradient, subject.started, subject.params)
         if other := first_other(updates, gradient):
-            yield f"a gradient {1000 / max(scale, 1e-30):.0g} times too small to clip: {other}"
+            yield f"normal entries of {subject.size / 1000 * scale:g}: {other}"
     zeros = {kind: jnp.asarray([-0.0, 0.0], kind) for kind in TYPES}
     try:
         updates, _ = subject.update(zeros, subject.warm(zeros), jax.tree.map(jnp.ones_like, zeros))
@@ -331,7 +331,7 @@ def derivatives_are_finite(subject: Subject) -> Iterator[str]:
         )
         bad = [x for x in jax.tree.leaves(found) if not np.all(np.isfinite(x))]
         if bad:
-            which = "0" if not scale else f"normal entries of {scale * subject.value:g}"
+            which = "0" if not scale else f"normal entries of {scale * subject.size:g}"
             yield f"the derivative at a gradient of {which} is {in_words(bad[-1])}"
 
 
@@ -426,7 +426,7 @@ def others_are_not_touched(subject: Subject) -> Iterator[str]:
             kept = isinstance(r, int) or types_of(a) == types_of(r)
             if not kept or not (np.size(r) == 0 or np.array_equal(a, r)):
                 return f"{case}: became {in_words(a)}"
-        if not same(updates["w"], right["w"]):
+        if not np.all(same(updates["w"], right["w"])):
             return f"{case}: float32[2] beside it became {in_words(updates['w'])}"
         return None
 

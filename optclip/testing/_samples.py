@@ -21,6 +21,10 @@ SHAPES = {"a": (8, 4), "b": (8,), "c": (5,)}
 """An ordinary tree, the same for all that compiles: a matrix and two vectors."""
 
 
+FEW = 12
+"""As many entries as are shown in words."""
+
+
 class Broken(AssertionError):
     """A promise that is not kept; one line with the input that shows it."""
 
@@ -128,7 +132,7 @@ def in_words(tree: Any) -> str:
     x: Any = tree
     if not hasattr(x, "dtype"):
         return repr(x)
-    if x.dtype == jax.dtypes.float0 or x.size > 12:
+    if x.dtype == jax.dtypes.float0 or x.size > FEW:
         return f"{x.dtype}{list(x.shape)}"
     return f"{x.dtype}{in_digits(np.asarray(x).tolist())}"
 
@@ -168,15 +172,22 @@ def first_other(actual: Any, expected: Any, rtol: float = 0.0) -> str | None:
         where = jax.tree_util.keystr(path, simple=True, separator="/") or "it"
         if np.shape(a) != np.shape(e) or jnp.result_type(a) != jnp.result_type(e):
             return f"{where} became {in_words(a)} where {in_words(e)} is right"
-        if not same(a, e, rtol):
-            return f"{where} became {in_words(a)} where {in_words(e)} is right"
+        if not np.all(alike := same(a, e, rtol)):
+            if np.size(a) <= FEW:
+                return f"{where} became {in_words(a)} where {in_words(e)} is right"
+            place = tuple(map(int, np.argwhere(~alike)[0]))
+            one, right = (in_digits(np.asarray(x)[place].tolist()) for x in (a, e))
+            return f"{where}{list(place)} became {one} where {right} is right"
     return None
 
 
-def same(actual: Any, expected: Any, rtol: float = 0.0) -> bool:
-    """Whether two leaves of one type are the same to `rtol`, or bit for bit where it is 0."""
+def same(actual: Any, expected: Any, rtol: float = 0.0) -> np.ndarray:
+    """Where two leaves of one type are the same to `rtol`, or bit for bit where it is 0."""
     a, e = np.asarray(actual), np.asarray(expected)
     if not rtol or not jnp.issubdtype(a.dtype, jnp.inexact):
-        return a.tobytes() == e.tobytes()
+        if not a.size or a.dtype == jax.dtypes.float0:
+            return np.ones(a.shape, bool)
+        one, other = (np.frombuffer(x.tobytes(), np.uint8).reshape(x.size, -1) for x in (a, e))
+        return np.all(one == other, axis=1).reshape(a.shape)
     allowed = rtol + ROUNDOFF[a.dtype.name]
-    return bool(np.allclose(wide(a), wide(e), allowed, slack(a.dtype), equal_nan=True))
+    return np.isclose(wide(a), wide(e), allowed, slack(a.dtype), equal_nan=True)
