@@ -52,22 +52,17 @@ class Result(NamedTuple):
 
     Attributes:
         contract: Its name.
+        kept: Whether nothing was found; None where nothing could be asked.
         findings: A line for each promise that is not kept, with the input that shows it.
         not_asked: Why some of it was not tried, a line each.
         seconds: How long it took.
     """
 
     contract: str
+    kept: bool | None
     findings: tuple[str, ...]
     not_asked: tuple[str, ...]
     seconds: float
-
-    @property
-    def kept(self) -> bool | None:
-        """Whether the contract is kept; None where nothing of it was tried."""
-        if self.findings:
-            return False
-        return None if len(self.not_asked) == len(CONTRACTS[self.contract]) else True
 
 
 class Report(NamedTuple):
@@ -93,9 +88,7 @@ class Report(NamedTuple):
 
     def to_json(self) -> str:
         """As JSON: the clip, whether it keeps to all, and each contract's fields."""
-        results = [
-            {**x._asdict(), "kept": x.kept, "seconds": round(x.seconds, 2)} for x in self.results
-        ]
+        results = [{**x._asdict(), "seconds": round(x.seconds, 2)} for x in self.results]
         return json.dumps({"clip": self.clip, "kept": self.kept, "contracts": results})
 
     def __str__(self) -> str:
@@ -127,20 +120,21 @@ def contracts_named(names: Iterable[str] | None) -> tuple[str, ...]:
 def ask(subject: Subject, contract: str) -> Result:
     """Asks a clip for one contract."""
     began = time.perf_counter()
-    findings, not_asked = [], []
+    findings: list[str] = []
+    not_asked: list[str] = []
     for check in CONTRACTS[contract]:
         try:
-            findings += check(subject)
+            for found in check(subject):
+                findings.append(found)
         except Broken as broken:
             findings.append(str(broken))
         except NotAsked as reason:
             not_asked.append(str(reason))
         except Exception as error:  # Whatever a clip raises is a finding about the clip.
             findings.append(f"{_promise(check)} Trying that raised {raised(error)}")
+    kept = None if len(not_asked) == len(CONTRACTS[contract]) else not findings
     unique = tuple(dict.fromkeys(findings)), tuple(dict.fromkeys(not_asked))
-    if len(not_asked) < len(CONTRACTS[contract]):
-        return Result(contract, *unique, time.perf_counter() - began)
-    return Result(contract, unique[0], tuple(not_asked), time.perf_counter() - began)
+    return Result(contract, kept, *unique, time.perf_counter() - began)
 
 
 def _promise(check: Check) -> str:
