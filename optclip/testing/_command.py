@@ -14,6 +14,7 @@ from rich.text import Text
 
 from optclip.cli import Parser
 from optclip.testing._report import CONTRACTS, Report, report
+from optclip.testing._subject import raised
 
 EXAMPLES = """\
 examples:
@@ -53,6 +54,8 @@ def named(clip: str) -> Any:
         found: Any = importlib.import_module(module)
     except ImportError as error:
         raise ValueError(f"{clip!r}: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{clip!r}: importing {module} raised {raised(error)}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise ValueError(f"{clip!r}: {module} has no {part}")
@@ -112,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _with_progress(options: Any) -> Report:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
     console = Console(stderr=True)
     with Progress(
         *columns,
@@ -135,10 +138,11 @@ def _with_progress(options: Any) -> Report:
 def as_table(found: Report) -> Table:
     """A report for `rich.print`."""
     findings = len(found.findings)
-    title = f"{found.clip}: " + (
-        "nothing found" if found.kept else f"{findings} finding{'s' * (findings > 1)}"
+    name = f"{found.clip} with {found.threshold}" if found.threshold else found.clip
+    what = "nothing found" if found.kept else f"{findings} finding{'s' * (findings > 1)}"
+    table = Table(
+        title=Text(f"{name}: {what}"), box=SIMPLE_HEAD, title_justify="left", show_edge=False
     )
-    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", show_edge=False)
     table.add_column("contract", no_wrap=True)
     table.add_column("kept", no_wrap=True)
     table.add_column("what was found, or why it was not asked", overflow="fold")

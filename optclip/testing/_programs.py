@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optclip.testing._samples import SHAPES, NotAsked, first_other, normal, types_of, wide
+from optclip.testing._samples import SHAPES, NotAsked, first_other, is_key, normal, types_of, wide
 from optclip.testing._subject import Subject, attempt, raised
 
 SPECS = {"a": P("data", "model"), "b": P("data"), "c": P()}
@@ -69,7 +69,7 @@ def same_in_shard_map(subject: Subject) -> Iterator[str]:
     transform = subject.build(**told)
     state = subject.started
     specs = _specs_of_state(state)
-    for tracked in (True, False) if told else (False,):
+    for tracked in (False, True) if told else (False,):
         update = jax.shard_map(
             transform.update,
             mesh=mesh,
@@ -109,6 +109,8 @@ def _on_one_device(subject: Subject) -> tuple[Any, list[Any], list[Any]]:
 
 def _placed_as(x: Any, at: Any) -> Any:
     """The second array where the first lies; anywhere, if that is nobody's decision."""
+    if is_key(x) or not hasattr(x, "sharding"):
+        return at
     return jax.device_put(at, x.sharding) if x.committed else jnp.asarray(np.asarray(at))
 
 
@@ -127,8 +129,11 @@ def _specs_of_state(state: Any) -> Any:
     """What lies as the parameters do has their spec, the rest is whole."""
 
     def spec(path: Any, x: Any) -> Any:
-        name = getattr(path[-1], "key", None) if path else None
-        return SPECS[name] if name in SHAPES and np.shape(x) == SHAPES[name] else P()
+        named = str(getattr(path[-1], "key", "")) if path else ""
+        for name in (named, *SHAPES):
+            if np.shape(x) == SHAPES.get(name):
+                return SPECS[name]
+        return P()
 
     return jax.tree_util.tree_map_with_path(spec, state)
 
@@ -153,7 +158,8 @@ def vmap_is_a_loop(subject: Subject) -> Iterator[str]:
     )
     for place, member in enumerate(members):
         found = jax.tree.map(lambda x, place=place: x[place], together)
-        if other := first_other(found, subject.update(*member), rtol=1e-6):
+        right = dict(zip(("updates", "state"), subject.update(*member), strict=True))
+        if other := first_other(dict(zip(right, found, strict=True)), right, rtol=1e-6):
             yield f"under jax.vmap, member {place} of {len(members)}: {other}"
             return
 
@@ -196,6 +202,15 @@ def transformation_remembers_nothing(subject: Subject) -> Iterator[str]:
         yield "after a step of another tree the same clip traces another program"
 
 
+def without_jit_it_does_the_same(subject: Subject) -> Iterator[str]:
+    """A step that is not compiled is the compiled one."""
+    names, args = ("updates", "state"), (subject.loud, subject.started, subject.params)
+    found = dict(zip(names, subject.transform.update(*args), strict=True))
+    right = dict(zip(names, subject.update(*args), strict=True))
+    if other := first_other(found, right, rtol=1e-6):
+        yield f"without jit: {other}"
+
+
 # The host ----------------------------------------------------------------------------------------
 
 TO_HOST = re.compile(r"callback|infeed|outfeed", re.IGNORECASE)
@@ -206,7 +221,7 @@ def nothing_is_asked_of_the_host(subject: Subject) -> Iterator[str]:
     args = subject.loud, subject.fresh(subject.params), subject.params
     try:
         program = str(jax.make_jaxpr(subject.transform.update)(*args))
-    except jax.errors.ConcretizationTypeError as error:
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
         yield f"while traced it asks for a value: {raised(error)}"
         return
     if found := TO_HOST.search(program):

@@ -41,7 +41,11 @@ CONTRACTS: dict[str, tuple[Check, ...]] = {
     "shard_map": (_programs.same_in_shard_map,),
     "scale": (_numbers.scales_with_the_gradient,),
     "vmap": (_programs.vmap_is_a_loop,),
-    "retrace": (_programs.compiled_once, _programs.transformation_remembers_nothing),
+    "retrace": (
+        _programs.compiled_once,
+        _programs.transformation_remembers_nothing,
+        _programs.without_jit_it_does_the_same,
+    ),
     "host": (_programs.nothing_is_asked_of_the_host,),
 }
 """What a clip should keep to: a name for each promise, and the checks of it."""
@@ -70,10 +74,12 @@ class Report(NamedTuple):
 
     Attributes:
         clip: Its name.
+        threshold: The argument that was taken for the threshold, and its number; "" for none.
         results: One for each contract that was asked for.
     """
 
     clip: str
+    threshold: str
     results: tuple[Result, ...]
 
     @property
@@ -89,14 +95,15 @@ class Report(NamedTuple):
     def to_json(self) -> str:
         """As JSON: the clip, whether it keeps to all, and each contract's fields."""
         results = [{**x._asdict(), "seconds": round(x.seconds, 2)} for x in self.results]
-        return json.dumps({"clip": self.clip, "kept": self.kept, "contracts": results})
+        about = {"clip": self.clip, "threshold": self.threshold, "kept": self.kept}
+        return json.dumps({**about, "contracts": results})
 
     def __str__(self) -> str:
         width = max((len(x.contract) for x in self.results), default=0)
-        lines = [self.clip]
+        lines = [f"{self.clip}, tested with {self.threshold}" if self.threshold else self.clip]
         for x in self.results:
-            said = {True: ("kept",), None: tuple(f"not asked: {why}" for why in x.not_asked)}
-            first, *rest = said.get(x.kept, x.findings)
+            kept = ("kept",) if x.kept else ()
+            first, *rest = (*kept, *x.findings, *(f"not asked: {why}" for why in x.not_asked))
             lines.append(f"  {x.contract:{width}}  {first}")
             lines += [f"  {'':{width}}  {line}" for line in rest]
         return "\n".join(lines)
@@ -111,6 +118,8 @@ def contracts_named(names: Iterable[str] | None) -> tuple[str, ...]:
     if names is None:
         return tuple(CONTRACTS)
     names = (names,) if isinstance(names, str) else tuple(names)
+    if not names:
+        raise ValueError(f"contracts= names none; there are {', '.join(CONTRACTS)}")
     for name in names:
         if name not in CONTRACTS:
             raise ValueError(f"there is no contract {name!r}; there are {', '.join(CONTRACTS)}")
@@ -130,8 +139,8 @@ def ask(subject: Subject, contract: str) -> Result:
             findings.append(str(broken))
         except NotAsked as reason:
             not_asked.append(str(reason))
-        except Exception as error:  # Whatever a clip raises is a finding about the clip.
-            findings.append(f"{_promise(check)} Trying that raised {raised(error)}")
+        except (Exception, SystemExit) as error:  # Whatever it raises is a finding about the clip.
+            findings.append(f'could not be tried: "{_promise(check)}" {raised(error)}')
     kept = None if len(not_asked) == len(CONTRACTS[contract]) else not findings
     unique = tuple(dict.fromkeys(findings)), tuple(dict.fromkeys(not_asked))
     return Result(contract, kept, *unique, time.perf_counter() - began)
@@ -170,9 +179,9 @@ def report(
         The report: `print` shows it, `to_json()` is for programs.
 
     Raises:
-        TypeError: If `clip` is neither a clip nor a function.
-        ValueError: If the function has no such argument, or needs others too; if there is no such
-            contract.
+        TypeError: If `clip` is neither a clip nor a function that makes one.
+        ValueError: If the function has no such argument, or needs others too; if the clip cannot
+            take a step; if there is no such contract.
 
     Examples:
         >>> import optclip, optclip.testing
@@ -181,12 +190,14 @@ def report(
           refusals  kept
     """
     subject = Subject(clip, threshold=threshold, name=name, readings=readings, quick=quick)
+    names = contracts_named(contracts)
+    subject.try_out()
     results = []
-    for contract in contracts_named(contracts):
+    for contract in names:
         results.append(ask(subject, contract))
         if progress is not None:
             progress(contract)
-    return Report(subject.name, tuple(results))
+    return Report(subject.name, subject.tested_with, tuple(results))
 
 
 def check_clip(

@@ -17,7 +17,7 @@ ROUNDOFF |= {"float8_e4m3fn": 2.0**-4, "float8_e5m2": 2.0**-3}
 TYPES = ("float32", "bfloat16", "float16", "complex64", "float8_e4m3fn", "float8_e5m2")
 """The types of leaves that a clip has to do with."""
 
-SHAPES = {"a": (8, 4), "b": (8,), "c": (5,)}
+SHAPES = {"a": (8, 4), "b": (24,), "c": (5,)}
 """An ordinary tree, the same for all that compiles: a matrix and two vectors."""
 
 
@@ -146,6 +146,16 @@ def in_digits(x: Any) -> str:
     return str(x) if isinstance(x, bool | int) else f"{x:.4g}"
 
 
+def without_keys(tree: Any) -> Any:
+    """The tree with the numbers of random keys in their place."""
+    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+
+
+def is_key(x: Any) -> bool:
+    """Whether a leaf is of typed random keys."""
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
 def types_of(tree: Any) -> tuple[Any, list[Any]]:
     """Structure, and of every leaf shape, dtype and weakness of type."""
     leaves = [
@@ -164,6 +174,7 @@ def first_other(actual: Any, expected: Any, rtol: float = 0.0) -> str | None:
         rtol: By how much entries may be off, beside the roundoff of their type; 0 asks for the
             same bits.
     """
+    actual, expected = without_keys(actual), without_keys(expected)
     structures = jax.tree.structure(actual), jax.tree.structure(expected)
     if structures[0] != structures[1]:
         return f"another structure: {structures[0]} for {structures[1]}"
@@ -183,10 +194,10 @@ def first_other(actual: Any, expected: Any, rtol: float = 0.0) -> str | None:
 
 def same(actual: Any, expected: Any, rtol: float = 0.0) -> np.ndarray:
     """Where two leaves of one type are the same to `rtol`, or bit for bit where it is 0."""
-    a, e = np.asarray(actual), np.asarray(expected)
+    if not np.size(actual) or jnp.result_type(actual) == jax.dtypes.float0:
+        return np.ones(np.shape(actual), bool)
+    a, e = (np.asarray(jnp.asarray(x)) for x in (actual, expected))
     if not rtol or not jnp.issubdtype(a.dtype, jnp.inexact):
-        if not a.size or a.dtype == jax.dtypes.float0:
-            return np.ones(a.shape, bool)
         one, other = (np.frombuffer(x.tobytes(), np.uint8).reshape(x.size, -1) for x in (a, e))
         return np.all(one == other, axis=1).reshape(a.shape)
     allowed = rtol + ROUNDOFF[a.dtype.name]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optclip.testing._samples import first_other, normal, types_of
+from optclip.testing._samples import first_other, is_key, normal, types_of, without_keys
 from optclip.testing._subject import Subject, attempt, raised
 
 # A scan's carry ----------------------------------------------------------------------------------
@@ -19,21 +19,25 @@ from optclip.testing._subject import Subject, attempt, raised
 def carry_keeps_its_form(subject: Subject) -> Iterator[str]:
     """From `init` on the state has one structure, and its leaves one shape and dtype."""
     kinds = ("float32", "bfloat16", "float16", "bfloat16 and float32")
+    said_so: set[str] = set()
     for of_params, of_updates in itertools.product(kinds[:2], kinds):
         params, updates = _cast(normal(seed=1000), of_params), _cast(normal(seed=1), of_updates)
         said = f"parameters of {of_params}, updates of {of_updates}"
         state = subject.fresh(params)
+        found = []
         if other := _other_types(state, state):
-            yield f"{said}: a fresh state has {other}"
+            found.append(f"a fresh state has {other}")
         try:
             after = jax.eval_shape(
                 lambda *args: subject.transform.update(*args)[1], updates, state, params
             )
         except Exception as error:
-            yield f"{said}: {raised(error)}"
-            continue
-        if other := _other_types(state, after):
-            yield f"{said}: after a step the state has {other}"
+            found.append(raised(error))
+        else:
+            if other := _other_types(state, after):
+                found.append(f"after a step the state has {other}")
+        yield from (f"{said}: {line}" for line in found if line not in said_so)
+        said_so.update(found)
 
 
 def _cast(tree: Any, kinds: str) -> Any:
@@ -71,7 +75,8 @@ def scan_is_a_loop(subject: Subject) -> Iterator[str]:
     fresh = subject.fresh(subject.params)
     state, updates = attempt("in jax.lax.scan", lambda: scanned(fresh, _stacked(gradients)))
     looped, each = _run(subject.update, fresh, gradients, subject.params)
-    if other := first_other((updates, state), (_stacked(each), looped), rtol=1e-6):
+    right = {"updates": _stacked(each), "state": looped}
+    if other := first_other({"updates": updates, "state": state}, right, rtol=1e-6):
         yield f"in jax.lax.scan: {other}"
 
 
@@ -120,7 +125,8 @@ def _copied(tree: Any) -> Any:
 def no_buffer_is_shared(subject: Subject) -> Iterator[str]:
     """No two leaves of a fresh state, nor a leaf and a parameter, are one buffer."""
     state = subject.fresh(subject.params)
-    named = jax.tree_util.tree_leaves_with_path({"params": subject.params, "state": state})
+    both = without_keys({"params": subject.params, "state": state})
+    named = jax.tree_util.tree_leaves_with_path(both)
     owner: dict[int, str] = {}
     for path, x in named:
         where = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -145,7 +151,8 @@ def donated_steps_are_the_same(subject: Subject) -> Iterator[str]:
         lambda: _run(donated, state, [_copied(x) for x in gradients], subject.params),
     )
     right, updates = _run(subject.update, subject.fresh(subject.params), gradients, subject.params)
-    if other := first_other((each, state), (updates, right), rtol=1e-6):
+    expected = {"updates": updates, "state": right}
+    if other := first_other({"updates": each, "state": state}, expected, rtol=1e-6):
         yield f"with donate_argnums=(0, 1): {other}"
 
 
@@ -156,8 +163,13 @@ def resumed_is_the_same_run(subject: Subject) -> Iterator[str]:
     """A state that was saved and restored goes on bit for bit, in a new process too."""
     gradients = _gradients(subject)
     halfway, _ = _run(subject.update, subject.started, gradients[:2], subject.params)
-    leaves = jax.tree.map(np.asarray, jax.tree.leaves(halfway))
-    saved = pickle.loads(pickle.dumps(leaves))
+    leaves = jax.tree.map(np.asarray, jax.tree.leaves(without_keys(halfway)))
+    saved = [
+        jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if is_key(old) else new
+        for old, new in zip(
+            jax.tree.leaves(halfway), pickle.loads(pickle.dumps(leaves)), strict=True
+        )
+    ]
     template = jax.eval_shape(lambda: subject.transform.init(subject.params))
     if jax.tree.structure(template) != jax.tree.structure(halfway):
         yield (
@@ -172,7 +184,7 @@ def resumed_is_the_same_run(subject: Subject) -> Iterator[str]:
     update = subject.jit(lambda *args: again.update(*args))
     right, rest = _run(subject.update, halfway, gradients[2:], subject.params)
     state, each = _run(update, restored, gradients[2:], subject.params)
-    if other := first_other((each, state), (rest, right)):
+    if other := first_other({"updates": each, "state": state}, {"updates": rest, "state": right}):
         yield f"resumed after 2 steps: {other}"
 
 
@@ -262,7 +274,7 @@ def _injects(subject: Subject, params: Any, gradients: list[Any]) -> Iterator[st
     fixed = set(subject.parameters) - {subject.threshold}
     try:
         made = optax.inject_hyperparams(subject.factory, static_args=fixed)(
-            **{subject.threshold: subject.value}
+            **{subject.threshold: float(jnp.bfloat16(subject.value))}
         )
     except Exception as error:
         yield f"in optax.inject_hyperparams: {raised(error)}"
@@ -278,7 +290,7 @@ def _injects(subject: Subject, params: Any, gradients: list[Any]) -> Iterator[st
             continue
         if other := _other_types(state, after):
             yield f"{said}: after a step the state has {other}"
-        plain = subject.build()
+        plain = subject.build(float(jnp.bfloat16(subject.value)))
         right, _ = subject.jit(plain.update)(cast[1], plain.init(cast[0]), cast[0])
         if other := first_other(updates, right, rtol=1e-6):
             yield f"{said}: {other}"

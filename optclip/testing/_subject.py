@@ -79,8 +79,12 @@ class Subject:
                 )
         elif callable(clip):
             self.factory = clip
-            self.parameters = inspect.signature(clip).parameters
-            self.name = name or getattr(_innermost(clip), "__name__", "the clip")
+            own = getattr(_innermost(clip), "__name__", "the clip")
+            self.name = name or own
+            try:
+                self.parameters = inspect.signature(clip).parameters
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"{self.name}: {error}; wrap it in a function") from error
         else:
             raise TypeError(
                 "a clip is an optax.GradientTransformation, or a function that makes one; "
@@ -89,7 +93,7 @@ class Subject:
         if threshold is not None and threshold not in self.parameters:
             raise ValueError(
                 f"{self.name} has no argument {threshold!r}; "
-                f"its arguments: {', '.join(self.parameters)}"
+                f"its arguments: {', '.join(self.parameters) or 'none'}"
             )
         required = [name for name, p in self.parameters.items() if _is_required(p)]
         self.threshold = threshold or (required[0] if required else None)
@@ -97,13 +101,40 @@ class Subject:
         if more:
             raise ValueError(
                 f"{self.name} needs {', '.join(more)} too; "
-                f"give it by functools.partial({self.name}, {more[0]}=...)"
+                f"give it by functools.partial({self.name.split(':')[-1]}, {more[0]}=...)"
             )
         self.value = 1.0
         if self.threshold is not None:
             default = self.parameters[self.threshold].default
             if isinstance(default, int | float) and math.isfinite(default):
-                self.value = float(jnp.bfloat16(default))  # what every type of threshold holds
+                self.value = float(default)
+
+    @property
+    def tested_with(self) -> str:
+        """The threshold and its number, in words; nothing where there is none."""
+        return "" if self.threshold is None else f"{self.threshold}={self.value:g}"
+
+    def try_out(self) -> None:
+        """Makes it and takes a step.
+
+        Raises:
+            TypeError: If what is made is no clip.
+            ValueError: If that raises anything; the line says what was tried, and the way out.
+        """
+        asked = f"{self.name}({self.tested_with})" if self.factory else self.name
+        try:
+            made = self.transform
+            if not (hasattr(made, "init") and hasattr(made, "update")):
+                raise TypeError(f"{asked} makes no optax.GradientTransformation, but {made!r}")
+            made.update(self.params, made.init(self.params), self.params)
+        except Exception as error:
+            if str(error).startswith(asked):
+                raise
+            way = "threshold= names the argument that is the threshold; " if self.factory else ""
+            raise ValueError(
+                f"{asked} cannot take a step: {raised(error)}; {way}what else it needs, a function "
+                "around it can give"
+            ) from error
 
     # How it is made ------------------------------------------------------------------------------
 
@@ -126,7 +157,12 @@ class Subject:
             NotAsked: If there is none.
         """
         if self.threshold is None:
-            raise NotAsked("no threshold to set: give the function that makes the clip")
+            known = ", ".join(self.parameters)
+            raise NotAsked(
+                f"no threshold to set: threshold= says which of {known} it is"
+                if known
+                else "no threshold to set: give the function that makes the clip"
+            )
         return self.threshold
 
     @functools.cached_property
@@ -228,10 +264,12 @@ class Subject:
         Raises:
             NotAsked: If it clips at none.
         """
+        unit = 1.0 if self.learns or not self.value else self.value
         for power in range(-3, 9):
-            if self.is_clipped(normal(seed=1, scale=10.0**power)):
-                return 10.0**power
-        raise NotAsked("it clips no gradient of any size")
+            if self.is_clipped(normal(seed=1, scale=unit * 10.0**power)):
+                return unit * 10.0**power
+        within = f" within {WARM_UPS[-1]} steps" if jax.tree.leaves(self.started) else ""
+        raise NotAsked(f"it clips no gradient of any size{within}")
 
     @functools.cached_property
     def size(self) -> float:
@@ -265,6 +303,11 @@ class Subject:
             if all(candidate.is_met_by(self, value) for value in (self.value, self.value / 2)):
                 return candidate
         return None
+
+    @property
+    def after(self) -> str:
+        """After which steps an input comes, in words."""
+        return f", after {self.steps_before} ordinary steps" if self.learns else ""
 
 
 class Measured:

@@ -24,8 +24,8 @@ def add_options(parser: Any) -> None:
         metavar="MODULE:NAME",
         help="a clip, or a function that makes one; may be given again",
     )
-    group.addoption("--threshold", metavar="NAME", help="the argument that is the threshold")
-    group.addoption("--quick", action="store_true", help="fewer inputs and types")
+    group.addoption("--clip-threshold", metavar="NAME", help="the argument that is the threshold")
+    group.addoption("--clip-quick", action="store_true", help="fewer inputs and types")
 
 
 SUBJECTS = pytest.StashKey[list[Subject]]()
@@ -41,12 +41,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[SUBJECTS] = [
             Subject(
                 named(clip),
-                threshold=config.getoption("--threshold"),
+                threshold=config.getoption("--clip-threshold"),
                 name=clip,
-                quick=bool(config.getoption("--quick")),
+                quick=bool(config.getoption("--clip-quick")),
             )
             for clip in clips
         ]
+        for subject in config.stash[SUBJECTS]:
+            subject.try_out()
     except (TypeError, ValueError) as error:
         raise pytest.UsageError(str(error)) from error
 

@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -24,12 +27,22 @@ def lets_infinity_through(max_norm):
 
 ready = optax.clip_by_global_norm(1.0)
 number = 1.0
+
+def needs_a_loss(max_norm):
+    clip = optax.clip_by_global_norm(max_norm)
+    def update(updates, state, params=None, *, value):
+        return clip.update(updates, state, params)
+    return optax.GradientTransformationExtraArgs(clip.init, update)
+
+def makes_nothing(max_norm):
+    return None
 """
 
 
 @pytest.fixture
 def my_clips(tmp_path, monkeypatch):
     (tmp_path / "my_clips.py").write_text(CLIPS)
+    (tmp_path / "broken.py").write_text("clip = 1 / 0\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield tmp_path
@@ -60,7 +73,7 @@ def test_a_nan_that_is_learned_is_found_however_long_the_window():
     finally:
         sys.path.pop(0)
     found = report(remade.clip_by_history, contracts=["nonfinite"], quick=True)
-    assert any("after a NaN" in line for line in found.findings), found
+    assert any("NaN at steps 301 and 304" in line for line in found.findings), found
 
 
 def test_a_report_as_text_and_as_json():
@@ -126,7 +139,7 @@ def test_the_threshold_is_the_first_argument_that_has_to_be_given():
     given = functools.partial(optclip.clip_by_global_norm, max_norm=0.3)
     assert Subject(given).threshold is None
     subject = Subject(given, threshold="max_norm")
-    assert (subject.name, subject.value) == ("clip_by_global_norm", 0.30078125)
+    assert (subject.name, subject.tested_with) == ("clip_by_global_norm", "max_norm=0.3")
 
 
 def test_the_page_and_what_it_shows_are_of_these_contracts():
@@ -141,6 +154,49 @@ def test_the_page_and_what_it_shows_are_of_these_contracts():
             assert not [x for x in found.values() if x["findings"]], clip
 
 
+def with_state(first, following=lambda state: state):
+    """A clip that is right, with something beside its state."""
+
+    def make(max_norm):
+        clip = optclip.clip_by_global_norm(max_norm)
+
+        def update(updates, state, params=None):
+            updates, inner = clip.update(updates, state[0], params)
+            return updates, (inner, following(state[1]))
+
+        return optax.GradientTransformation(lambda params: (clip.init(params), first()), update)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        lambda: jax.random.key(0),
+        lambda: {"ring": jnp.zeros(16)},
+        lambda: (jnp.zeros((2, 2)), None),
+    ],
+)
+def test_a_clip_that_is_right_whatever_its_state(state):
+    asked = ["scan", "donation", "resume", "meshes", "vmap", "retrace", "host"]
+    check_clip(with_state(state), contracts=asked, quick=True)
+
+
+def test_of_a_state_that_is_no_array_it_is_said():
+    found = report(with_state(lambda: np.float32(1)), contracts=["donation", "meshes"], quick=True)
+    assert "state/1 is a float32 and no jax.Array, so it cannot be donated" in str(found)
+    assert found.results[1].kept
+
+
+def test_a_threshold_that_is_not_named_is_asked_for():
+    def clip(max_norm=1.0):
+        return optclip.clip_by_global_norm(max_norm)
+
+    found = report(clip, contracts=["refusals", "scale"], quick=True)
+    assert [x.kept for x in found.results] == [None, None]
+    assert "threshold= says which of max_norm it is" in report(clip, contracts=["bound"]).to_json()
+
+
 # The command -------------------------------------------------------------------------------------
 
 
@@ -148,7 +204,7 @@ def test_the_command_shows_a_table_and_says_by_its_code_what_came_of_it(capsys):
     arguments = ["optax:clip_by_global_norm", "--contract", "refusals", "--contract", "host"]
     assert _command.main(arguments) == 1
     shown = capsys.readouterr().out
-    assert "optax:clip_by_global_norm: 2 findings" in shown
+    assert "optax:clip_by_global_norm with max_norm=1: 2 findings" in shown
     assert "max_norm=-1 is accepted" in shown
     assert _command.main(["optclip:clip_by_global_norm", *arguments[1:], "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kept"] is True
@@ -168,6 +224,9 @@ def test_a_clip_in_the_folder_where_one_is(my_clips, capsys):
         (["no_such_module:clip"], "'no_such_module:clip': No module named 'no_such_module'"),
         (["my_clips:number"], "a clip is an optax.GradientTransformation"),
         (["my_clips:ready", "--threshold", "max_norm"], "pass the function"),
+        (["my_clips:needs_a_loss"], "cannot take a step: TypeError: "),
+        (["my_clips:makes_nothing"], "makes no optax.GradientTransformation, but None"),
+        (["broken:clip"], "'broken:clip': importing broken raised ZeroDivisionError"),
         (["my_clips:ready", "--contract", "speed"], "invalid choice: 'speed'"),
         ([], "the following arguments are required: MODULE:NAME"),
     ],
@@ -196,8 +255,10 @@ def run_pytest(folder, environment, *arguments):
 
 
 def test_the_plugin_runs_a_test_for_each_contract(my_clips, environment):
-    asked = ["--pyargs", "optclip.testing", "--clip", "my_clips:lets_infinity_through", "--quick"]
-    ran = run_pytest(my_clips, environment, *asked, "-k", "refusals or host or donation", "-q")
+    asked = ["--pyargs", "optclip.testing", "--clip", "my_clips:lets_infinity_through"]
+    ran = run_pytest(
+        my_clips, environment, *asked, "--clip-quick", "-k", "refusals or host or donation", "-q"
+    )
     assert ran.returncode == 1, ran.stdout + ran.stderr
     assert "1 failed, 2 passed" in ran.stdout
     assert "max_norm=-1 is accepted: float32[3, 4] becomes float32[-0.6, -0.8]" in ran.stdout
