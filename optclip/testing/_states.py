@@ -279,7 +279,8 @@ def _injects(subject: Subject, params: Any, gradients: list[Any]) -> Iterator[st
     except Exception as error:
         yield f"in optax.inject_hyperparams: {raised(error)}"
         return
-    for kinds in ("float32", "bfloat16", "bfloat16 and float32"):
+    mixed = "bfloat16 and float32"
+    for kinds in (mixed,) if subject.quick else ("float32", "bfloat16", mixed):
         cast = [_cast(tree, kinds) for tree in (params, gradients[0])]
         said = f"in optax.inject_hyperparams, updates of {kinds}"
         try:

@@ -64,7 +64,7 @@ class Subject:
         quick: bool = False,
     ):
         """Looks at a clip without running it; the arguments are those of `check_clip`."""
-        self.quick, self.examples = quick, 12 if quick else 40
+        self.quick, self.examples = quick, 10 if quick else 40
         self._readings = readings
         self._clip: Any = None
         self.factory: Factory | None = None
