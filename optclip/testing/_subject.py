@@ -106,7 +106,7 @@ class Subject:
         self.value = 1.0
         if self.threshold is not None:
             default = self.parameters[self.threshold].default
-            if isinstance(default, int | float) and math.isfinite(default):
+            if _is_number(default) and math.isfinite(default):
                 self.value = float(default)
 
     @property
@@ -157,7 +157,7 @@ class Subject:
             NotAsked: If there is none.
         """
         if self.threshold is None:
-            known = ", ".join(self.parameters)
+            known = ", ".join(name for name, p in self.parameters.items() if _is_number(p.default))
             raise NotAsked(
                 f"no threshold to set: threshold= says which of {known} it is"
                 if known
@@ -355,6 +355,10 @@ MEASURES = (
     Measured("1-norm of the tree", np.sum, True),
 )
 """What is usually held to a threshold."""
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
 
 
 def _is_required(parameter: inspect.Parameter) -> bool:
