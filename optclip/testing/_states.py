@@ -227,8 +227,7 @@ def composes(subject: Subject) -> Iterator[str]:
         ]
 
     sgd, half = optax.sgd(0.5), optax.scale(-0.5)
-    cases: dict[str, tuple[Any, Any, int]] = {
-        "optax.chain": (lambda: optax.chain(clip(), sgd), alone, 1),
+    cases: dict[str, tuple[Any, Any, int]] = {  # A chain, each of them.
         "optax.apply_if_finite": (
             lambda: optax.apply_if_finite(optax.chain(clip(), sgd), 3),
             alone,
