@@ -186,7 +186,7 @@ def report(
     Examples:
         >>> import optclip, optclip.testing
         >>> print(optclip.testing.report(optclip.clip_by_global_norm, contracts=["refusals"]))
-        clip_by_global_norm
+        clip_by_global_norm, tested with max_norm=1
           refusals  kept
     """
     subject = Subject(clip, threshold=threshold, name=name, readings=readings, quick=quick)
