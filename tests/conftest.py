@@ -58,12 +58,12 @@ def pytest_collection_modifyitems(config, items):
     Workers begin with a half of the list each, so every program is compiled by one of them.
     """
     one_in = config.getoption("--sample")
-    left_out = [
-        item for item in items if hasattr(item, "callspec") and crc32(item.name.encode()) % one_in
-    ]
+    parts: tuple[list, list] = [], []
+    for item in items:
+        parts[hasattr(item, "callspec") and crc32(item.name.encode()) % one_in > 0].append(item)
+    items[:], left_out = parts
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
 
     def place(item):
         method = getattr(item, "callspec", None) and item.callspec.params.get("method")

@@ -19,6 +19,7 @@ from optclip.testing._samples import (
     falsify,
     first_other,
     in_words,
+    l2_of,
     normal,
     require,
     same,
@@ -151,12 +152,12 @@ class InDouble:
         """The updates after ordinary steps, for 64-bit copies of what is given."""
         subject = self._subject
         key = str(jax.tree.map(lambda x: (x.shape, x.dtype), updates))
-        ordinary = [like(params, seed, 0.1) for seed in range(subject.steps_before)]
         with jax.enable_x64(True):
             wide_params = jax.tree.map(lambda x: jnp.asarray(wide(x)), params)
             if key not in self._states:
                 state = subject.build().init(wide_params)
-                for given in ordinary:
+                for seed in range(subject.steps_before):
+                    given = like(params, seed, 0.1)
                     given = jax.tree.map(lambda x: jnp.asarray(wide(x)), given)
                     _, state = self._update(given, state, wide_params)
                 self._states[key] = state
@@ -472,10 +473,10 @@ def scales_with_the_gradient(subject: Subject) -> Iterator[str]:
             found.append(jax.tree.map(lambda x: wide(x) / factor, updates))
         return found
 
+    own = run(1.0, False, False)
+
     def apart(factor: float, *how: bool) -> float:
-        pairs = zip(
-            jax.tree.leaves(run(factor, *how)), jax.tree.leaves(run(1.0, *how)), strict=True
-        )
+        pairs = zip(jax.tree.leaves(run(factor, *how)), jax.tree.leaves(own), strict=True)
         return max(
             float(np.max(np.abs(a - b) / (np.abs(b) + subject.scale * 1e-6))) for a, b in pairs
         )
@@ -489,16 +490,12 @@ def scales_with_the_gradient(subject: Subject) -> Iterator[str]:
     if subject.threshold is None and not subject.learns:
         raise NotAsked("in which units it clips is not known: its threshold is not")
     name, *how = ways[0]
-    norms = [[_l2_of(updates) for updates in run(factor, *how)] for factor in (1.0, 4.0)]
+    norms = [[l2_of(updates) for updates in steps] for steps in (own, run(4.0, *how))]
     step = max(range(len(norms[0])), key=lambda step: abs(norms[1][step] - norms[0][step]))
     yield (
         f"{name} times 4: at step {step + 1} the norm of the updates is {4 * norms[1][step]:.4g}, "
         f"where 4 times {norms[0][step]:.4g} is right"
     )
-
-
-def _l2_of(tree: Any) -> float:
-    return float(np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree))))
 
 
 WAYS: dict[str, tuple[bool, bool]] = {

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optclip.testing._samples import SHAPES, NotAsked, first_other, is_key, normal, types_of, wide
+from optclip.testing._samples import SHAPES, NotAsked, first_other, is_key, l2_of, normal, types_of
 from optclip.testing._subject import Subject, attempt, raised
 
 SPECS = {"a": P("data", "model"), "b": P("data"), "c": P()}
@@ -89,7 +89,7 @@ def same_in_shard_map(subject: Subject) -> Iterator[str]:
         found = attempt(said, run)
         if other := first_other(found, right, rtol=1e-5):
             without = "" if told else " (it has no argument axis_name)"
-            sizes = [_size(trees[-1]) for trees in (found, right)]
+            sizes = [l2_of(trees[-1]) for trees in (found, right)]
             told_sizes = f"the norm of the whole update is {sizes[0]:.4g} where {sizes[1]:.4g} is "
             yield f"{said}{without}: " + (
                 told_sizes + "right" if abs(sizes[0] - sizes[1]) > 1e-3 * sizes[1] else other
@@ -136,10 +136,6 @@ def _specs_of_state(state: Any) -> Any:
         return P()
 
     return jax.tree_util.tree_map_with_path(spec, state)
-
-
-def _size(tree: Any) -> float:
-    return float(np.sqrt(sum(np.sum(np.square(wide(x))) for x in jax.tree.leaves(tree))))
 
 
 # vmap --------------------------------------------------------------------------------------------

@@ -87,6 +87,11 @@ def wide(x: Any) -> np.ndarray:
     return x.astype(np.complex128 if jnp.issubdtype(x.dtype, jnp.complexfloating) else np.float64)
 
 
+def l2_of(tree: Any) -> float:
+    """The 2-norm of a tree of real leaves, in 64 bits."""
+    return float(np.sqrt(sum(np.sum(np.square(wide(x))) for x in jax.tree.leaves(tree))))
+
+
 def entries(dtype: str, count: int = 4) -> st.SearchStrategy[Any]:
     """Leaves of so many entries of any normal size, or 0; the smallest example is of small ones."""
     limits = jnp.finfo(dtype)

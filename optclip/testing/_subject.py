@@ -189,7 +189,8 @@ class Subject:
         try:
             traced(jnp.float32(self.value), gradient, self.fresh(gradient), gradient)
         except Exception:  # Whatever a factory says of a value that it cannot look at.
-            return lambda threshold, *args: jax.jit(self.build(threshold).update)(*args)
+            program = functools.cache(lambda threshold: self.jit(self.build(threshold).update))
+            return lambda threshold, *args: program(threshold)(*args)
         return lambda threshold, *args: traced(jnp.float32(threshold), *args)
 
     def fresh(self, params: Any) -> Any:
