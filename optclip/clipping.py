@@ -250,7 +250,7 @@ def clip_by(
             norm=_pooled(norm, layout, group_norms, magnitudes),
             clipped_norm=_pooled(norm, layout, clipped_norms),
             threshold=_lowest(_of_present_groups(layout, threshold.blocks), jnp.inf),
-            factor=_lowest(products, 1),
+            factor=_lowest(products if layout.members else [jnp.ones_like(products[0])], 1),
             share=_share_above(layout, group_norms, bound.blocks),
         )
         groups = None

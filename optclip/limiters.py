@@ -2,7 +2,8 @@
 
 Every limiter is homogeneous, factor(k norm, k threshold) = factor(norm, threshold), and has a
 meaning at every pair of non-negative numbers, infinity included: threshold 0 gives 0, threshold
-infinity gives 1, and a gradient of norm 0 is left as it is.
+infinity gives 1, and a gradient of norm 0 stays 0. `rescale` and `smooth` never scale up;
+`normalize` does.
 
 Factors end in a division on purpose: XLA does not repeat a division for every entry that a factor
 multiplies, as it would repeat a comparison and a choice.
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optclip import _numerics
+from optclip._checks import check_number
 from optclip.norms import Magnitude
 
 
@@ -24,8 +26,9 @@ class Limiter(NamedTuple):
 
     Attributes:
         name: What messages call it.
-        factor: (norm, threshold) -> factor in [0, 1], elementwise. Far above the threshold it
-            must fall like threshold / norm.
+        factor: (norm, threshold) -> factor, elementwise: in [0, 1], or for one that scales up
+            below its own largest number. Far above the threshold it must fall like
+            threshold / norm.
     """
 
     name: str
@@ -52,6 +55,56 @@ smooth = Limiter("smooth", _smooth)
 """threshold / (norm + threshold): every gradient shrinks, none reaches the threshold."""
 
 
+LARGEST_FACTOR = 1e30
+"""The highest `max_factor` of `normalize`: zeros stay zeros under it."""
+
+
+def normalize(max_factor: jax.typing.ArrayLike = 1e6) -> Limiter:
+    r"""threshold / norm, also above 1: every gradient gets the threshold's norm, small ones too.
+
+    .. math:: f(n, \tau) = \min(\tau / n, m)
+
+    Args:
+        max_factor: m, the largest factor, without a unit; a number or a traced scalar. It is a
+            floor of threshold / m under the norm, without which what rounding leaves of a gradient
+            of 0 would count as much as a gradient. 1e6 stands where
+            `optax.normalize_by_update_norm` has eps=1e-6, for a threshold of 1.
+
+    Returns:
+        A `Limiter`. Its threshold is a target. One of infinity leaves the gradient as it is.
+
+    Raises:
+        ValueError: If `max_factor` is concrete and not in [1, 1e30].
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> from optclip import limiters, scopes
+        >>> by_leaf = optclip.clip_by(1.0, scope=scopes.leaf, limiter=limiters.normalize())
+        >>> grads = {"near_loss": jnp.array([30.0, 40.0]), "far_from_it": jnp.array([3e-4, 4e-4])}
+        >>> updates, _ = by_leaf.update(grads, None)
+        >>> [round(float(x), 4) for x in updates["far_from_it"]]
+        [0.6, 0.8]
+    """
+    check_number(
+        max_factor,
+        "max_factor=",
+        low=1,
+        high=LARGEST_FACTOR,
+        hint="1 scales nothing up, as limiters.rescale",
+        schedule=False,
+    )
+
+    def factor(norm: jax.Array, threshold: jax.Array) -> jax.Array:
+        asked = jnp.asarray(max_factor).astype(norm.dtype)
+        most = jnp.where(asked >= 1, jnp.minimum(asked, LARGEST_FACTOR), 1)  # Of NaN 1.
+        opened = jnp.isinf(threshold)
+        far = norm * most <= threshold  # Also where the norm is 0.
+        above = jnp.where(opened, 1, jnp.where(far, most, threshold))
+        return above / jnp.where(opened | far, 1, norm)
+
+    return Limiter("normalize", factor)
+
+
 class Factor(NamedTuple):
     """A factor as a product, since the product itself may be too small for a float32.
 
@@ -75,8 +128,12 @@ def clipped_norm(
     if limiter is rescale:  # Without the roundings of a product, which rules would learn from.
         return jnp.minimum(magnitude.clamped(), threshold)
     left = _left(magnitude, factor.coarse) * factor.fine
-    most = _numerics.largest(left.dtype)
-    return jnp.where(jnp.isfinite(magnitude.value), jnp.minimum(left, most), left)
+    return jnp.where(jnp.isfinite(magnitude.value), _held(left), left)
+
+
+def _held(x: jax.Array) -> jax.Array:
+    """At most the largest number."""
+    return jnp.minimum(x, _numerics.largest(x.dtype))
 
 
 def factor_of(limiter: Limiter, magnitude: Magnitude, threshold: jax.Array) -> Factor:
@@ -88,9 +145,11 @@ def factor_of(limiter: Limiter, magnitude: Magnitude, threshold: jax.Array) -> F
     root = jnp.sqrt(jnp.where(deep, threshold, 1)) / jnp.sqrt(jnp.where(deep, norm, 1))
     # A constant to derivatives: the fine factor is taken at the norm that the coarse one leaves.
     coarse = lax.stop_gradient(root)
+    # A threshold that is too large for a float32 at that scale is no infinite one.
+    scaled = jnp.where(jnp.isinf(threshold), threshold, _held(threshold * scale))
     fine = limiter.factor(
         jnp.where(deep, _left(magnitude, coarse), magnitude.value),
-        jnp.where(deep, threshold, threshold * scale),
+        jnp.where(deep, threshold, scaled),
     )
     return Factor(coarse, fine)
 

@@ -8,6 +8,7 @@ from optclip.methods.fixed import (
     clip_by_group_norm,
     clip_by_leaf_norm,
     measure_norms,
+    normalize_by_norm,
     smooth_clip,
 )
 from optclip.methods.learned import (
@@ -37,6 +38,7 @@ __all__ = [
     "clip_by_window",
     "clippy",
     "measure_norms",
+    "normalize_by_norm",
     "robust_clip",
     "smooth_clip",
     "spam_clip",

@@ -302,6 +302,73 @@ def smooth_clip(
     )
 
 
+def normalize_by_norm(
+    target: optax.ScalarOrSchedule,
+    *,
+    scope: Scope = scopes.tree,
+    axis_name: str | Sequence[str] | None = None,
+    sharded: Any = None,
+    nonfinite: Nonfinite = "propagate",
+    detail: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales every gradient to the norm `target`: large ones down and small ones up.
+
+    .. math:: u \leftarrow u \, \min(c / \|u\|, m)
+
+    Like `optax.normalize_by_update_norm`.
+
+    m is 1e6, a floor under the norm; `clip_by` with `limiters.normalize(m)` takes another one.
+
+    Normalized gradient descent: the step has the same length on a plateau as on a cliff, so
+    vanishing gradients are cured as exploding ones are. It is no clip. Of a batch near a minimum
+    the noise is scaled up too, so the learning rate must fall, or the run circles the minimum at
+    the distance of a step; momentum *before* it averages the noise out first (Cutkosky and Mehta),
+    as in `optax.chain(optax.ema(0.9), normalize_by_norm(1.0), ...)`. Adam and Muon normalize by
+    themselves, and have no use for it.
+
+    Args:
+        target: c, the norm that every gradient gets, in units of the gradient's norm; a number,
+            traced scalar or Optax schedule. With plain gradient descent the length of a step is
+            target times learning rate; 1.0 leaves it to the learning rate.
+        scope: Which entries share a norm; see `clip_by`. Default: all of them. With `scopes.leaf`
+            every leaf takes a step of the same length.
+        axis_name: See `clip_by`.
+        sharded: See `clip_by`.
+        nonfinite: See `clip_by`.
+        detail: See `clip_by`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` with a `ClipState`; `threshold` reads the target,
+        `factor` is above 1 where a gradient was scaled up, and `clip_rate` the share of steps (or
+        groups) whose norm was above the target. Cost: one pass over the gradient.
+
+    Raises:
+        ValueError: If `target` is concrete and negative or NaN.
+
+    Example:
+        >>> import jax.numpy as jnp, optclip
+        >>> normalize = optclip.normalize_by_norm(1.0)
+        >>> updates, state = normalize.update(jnp.array([3e-5, 4e-5]), None)
+        >>> [round(float(u), 4) for u in updates], round(float(state.factor))
+        ([0.6, 0.8], 20000)
+
+    References:
+        Hazan, Levy and Shalev-Shwartz, "Beyond convexity: stochastic quasi-convex optimization",
+        2015, arXiv:1507.02030. With momentum: Cutkosky and Mehta, "Momentum improves normalized
+        SGD", 2020, arXiv:2002.03305.
+    """
+    check_number(target, "target=", hint="1.0 leaves the length of a step to the learning rate")
+    return clip_by(
+        target,
+        scope=scope,
+        limiter=limiters.normalize(),
+        axis_name=axis_name,
+        sharded=sharded,
+        nonfinite=nonfinite,
+        detail=detail,
+    )
+
+
 def measure_norms(
     *,
     scope: Scope = scopes.tree,

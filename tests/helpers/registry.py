@@ -23,6 +23,7 @@ class Method(NamedTuple):
         norm: "l2", "l1", "l3", "linf" or "rms".
         traced: The arguments that may be traced values: all numeric ones that set no shape.
         hard: Whether a gradient below the threshold comes back bit for bit.
+        scales_up: Whether a small gradient becomes larger.
         has_memory: Whether it learns from earlier steps.
         needs_params: Whether `update` needs the parameters.
         variant: Tells two entries of one method apart.
@@ -34,6 +35,7 @@ class Method(NamedTuple):
     norm: str = "l2"
     traced: tuple[str, ...] = ()
     hard: bool = True
+    scales_up: bool = False
     has_memory: bool = False
     needs_params: bool = False
     variant: str = ""
@@ -43,7 +45,7 @@ class Method(NamedTuple):
         """The argument that is a threshold itself, in the gradient's units or the parameters'."""
         names = ("max_norm", "init")
         if not self.has_memory:
-            names += ("max_delta", "threshold", "clipping", "ratio")
+            names += ("max_delta", "threshold", "clipping", "ratio", "target")
         return next((name for name in names if name in self.traced), None)
 
     @property
@@ -114,6 +116,13 @@ FIXED = (
         needs_params=True,
     ),
     Method(optclip.smooth_clip, {"max_norm": 1.0}, traced=("max_norm",), hard=False),
+    Method(
+        optclip.normalize_by_norm,
+        {"target": 1.0},
+        traced=("target",),
+        hard=False,
+        scales_up=True,
+    ),
     Method(optclip.measure_norms, {}),
     Method(optclip.measure_norms, {"histogram": True}, has_memory=True, variant="histogram"),
 )

@@ -177,6 +177,13 @@ def smooth(norm: float, threshold: float) -> float:
     return 1.0 if norm == 0 or math.isinf(threshold) else threshold / (norm + threshold)
 
 
+def normalize(norm: float, threshold: float, max_factor: float = 1e6) -> float:
+    """min(threshold / norm, max_factor); an infinite threshold changes nothing."""
+    if math.isinf(threshold):
+        return 1.0
+    return max_factor if norm * max_factor <= threshold else threshold / norm
+
+
 # Clips
 
 

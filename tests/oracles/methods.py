@@ -9,7 +9,7 @@ import numpy as np
 from helpers.registry import Method
 
 from oracles import learned
-from oracles.clips import Clip, EntryClip, Group, fan_in_axes, moduli, smooth
+from oracles.clips import Clip, EntryClip, Group, fan_in_axes, moduli, normalize, smooth
 
 
 def clip_by_value(max_delta: float) -> Clip:
@@ -44,6 +44,10 @@ def clip_by_param_norm(ratio: float, eps: float = 1e-3) -> Clip:
 
 def smooth_clip(max_norm: float) -> Clip:
     return Clip(max_norm, limiter=smooth)
+
+
+def normalize_by_norm(target: float) -> Clip:
+    return Clip(target, limiter=normalize)
 
 
 def measure_norms(histogram: bool = False) -> Clip:
@@ -137,6 +141,7 @@ ORACLES: dict[str, Callable[..., Clip]] = {
     "clip_by_value": clip_by_value,
     "clippy": Clippy,
     "measure_norms": measure_norms,
+    "normalize_by_norm": normalize_by_norm,
     "smooth_clip": smooth_clip,
     "spam_clip": Spam,
 }

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("strict")
 PAIRS = {
     "rescale": (limiters.rescale, clips.rescale),
     "smooth": (limiters.smooth, clips.smooth),
+    "normalize": (limiters.normalize(), clips.normalize),
 }
 SIZES = (0.0, 1e-30, 0.5, 1.0, 4.0, 1e30, math.inf)
 
