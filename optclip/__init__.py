@@ -12,6 +12,7 @@ runs these four steps; a named method is a composition of `norms`, `scopes`, `th
 from optclip import histograms, limiters, methods, norms, scopes, thresholds
 from optclip.clipping import clip_by
 from optclip.methods import *  # noqa: F403 - they are listed there, once
+from optclip.methods.clip_by_adam_rms import clip_by_adam_rms, stable_adamw
 from optclip.methods.safeguard import safeguard
 from optclip.methods.skip_spikes import skip_spikes
 from optclip.readings import grew_most, metrics
@@ -24,6 +25,7 @@ __all__ = [
     "ClipState",
     "Restored",
     "clip_by",
+    "clip_by_adam_rms",
     "grew_most",
     "histograms",
     "limiters",
@@ -33,6 +35,7 @@ __all__ = [
     "safeguard",
     "scopes",
     "skip_spikes",
+    "stable_adamw",
     "thresholds",
 ]
 __all__ += methods.__all__

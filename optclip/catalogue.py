@@ -128,11 +128,11 @@ class Method(NamedTuple):
 
 
 def methods() -> tuple[Method, ...]:
-    """Every clip and wrapper, by name; without `clip_by`, of which they are made."""
+    """Every clip and wrapper, by name; not `clip_by`, which makes them, nor whole optimizers."""
     return tuple(
         method_of(name, function)
         for name, function in sorted(_functions().items())
-        if name != "clip_by" and _is_transformation(function)
+        if name not in ("clip_by", "stable_adamw") and _is_transformation(function)
     )
 
 

@@ -60,7 +60,7 @@ LARGEST_FACTOR = 1e30
 
 
 def normalize(max_factor: jax.typing.ArrayLike = 1e6) -> Limiter:
-    r"""threshold / norm, also above 1: every gradient gets the threshold's norm, small ones too.
+    r"""Threshold / norm, also above 1: every gradient gets the threshold's norm, small ones too.
 
     .. math:: f(n, \tau) = \min(\tau / n, m)
 

@@ -20,9 +20,10 @@ from optclip import scopes
 
 ADAMW = "optax.adamw"
 CLIPPED_ADAMW = "optax.clip_by_global_norm + adamw"
-WRAPPERS = ("safeguard", "skip_spikes")
+WRAPPERS = ("clip_by_adam_rms", "safeguard", "skip_spikes")
 LIKE = {
     "adagc": "optax.clip_by_block_rms",
+    "clip_by_adam_rms": CLIPPED_ADAMW,
     "clip_by, layers": "optax.clip_by_block_rms",
     "clip_by_leaf_norm": "optax.clip_by_block_rms",
     "safeguard": CLIPPED_ADAMW,

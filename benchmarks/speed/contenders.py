@@ -38,6 +38,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "clip_by_leaf_norm": {"max_norm": 0.1},
     "clip_by_param_norm": {"ratio": 0.0001},
     "clip_by_value": {"max_delta": 0.01},
+    "normalize_by_norm": {"target": 1.0},
     "smooth_clip": {"max_norm": 1.0},
 }
 """Arguments that have no default. Leaves whose names end alike are a group: at most ten."""
@@ -49,6 +50,9 @@ COUNTERPARTS = {
     "clip_by_value": "optax.clip",
 }
 """Optax's method of the same meaning."""
+
+AROUND_ADAM = ("clip_by_adam_rms",)
+"""Those that hold no other optimizer; they are timed around AdamW."""
 
 QUICK = (
     "adaptive_grad_clip",

@@ -265,6 +265,8 @@ def test_what_people_look_up_in_optax_is_not_found_in_ours(method):
     transform = method.build()
     state = transform.init(PARAMS)
     state = quick_jit(transform.update)(GRADIENTS[0], state, PARAMS)[1]
+    if hasattr(state, "inner_state"):
+        state = state._replace(inner_state=())  # What an optimizer in it has is not ours.
     for name in looked_up:
         assert not optax.tree.get_all_with_path(state, name), name
     both = (state, optax.adam(0.1).init(PARAMS))

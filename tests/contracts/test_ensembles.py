@@ -74,7 +74,7 @@ class Programs(NamedTuple):
 def programs_of(method):
     momentum = optax.sgd(0.1, momentum=0.9)
     optimizer = (
-        method.build(inner=momentum)
+        method.build(inner=optax.chain(method.arguments["inner"], momentum))
         if "inner" in method.arguments
         else optax.chain(detailed(method), momentum)
     )

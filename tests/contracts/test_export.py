@@ -15,10 +15,9 @@ from optclip import _jax, scopes
 PARAMS = sample_parameters()
 
 # Optax registers none of its states: whoever exports them does.
-with contextlib.suppress(ValueError):
-    jax.export.register_namedtuple_serialization(
-        optax.EmptyState, serialized_name="optax.EmptyState"
-    )
+for kind in (optax.EmptyState, optax.ScaleByAdamState):
+    with contextlib.suppress(ValueError):
+        jax.export.register_namedtuple_serialization(kind, serialized_name=f"optax.{kind.__name__}")
 
 
 def assert_exported_as(transform):

@@ -28,8 +28,15 @@ def subject_of(method):
     )
 
 
-@pytest.mark.parametrize("method", ALL_METHODS, ids=str)
-@pytest.mark.parametrize("contract", CONTRACTS)
+UNBOUND = {("clip_by_adam_rms", "bound")}
+"""What a method does not promise: the bound is on Adam's ratio, which is bounded by itself."""
+
+
+@pytest.mark.parametrize(
+    ("contract", "method"),
+    [(c, m) for c in CONTRACTS for m in ALL_METHODS if (m.name, c) not in UNBOUND],
+    ids=str,
+)
 def test_contract(method, contract, request):
     if contract != "composition":  # Optax's own wrappers promote.
         request.getfixturevalue("strict")

@@ -29,6 +29,9 @@ import optclip
 
 PARAMS = sample_parameters()
 each_method = pytest.mark.parametrize("method", ALL_METHODS, ids=str)
+each_without_adam = pytest.mark.parametrize(
+    "method", [m for m in ALL_METHODS if m.name != "clip_by_adam_rms"], ids=str
+)
 
 
 def in_memory(state, folder):
@@ -91,7 +94,7 @@ def test_the_same_clip_goes_on_bit_for_bit(method, tmp_path):
         assert not found.unused
 
 
-@each_method
+@each_without_adam
 def test_after_the_clip_of_optax_the_optimizer_goes_on(method):
     optimizer = with_adam(detailed(method))
     found = optclip.restore_state(optimizer, PARAMS, after_adam())
@@ -102,7 +105,15 @@ def test_after_the_clip_of_optax_the_optimizer_goes_on(method):
     assert all(part.startswith("0") for part in found.fresh)
 
 
-@each_method
+def test_an_adam_goes_on_when_a_wrapper_takes_it_in():
+    optimizer = optax.chain(
+        optclip.clip_by_global_norm(1.0), optclip.clip_by_adam_rms(optax.adam(1e-3))
+    )
+    found = optclip.restore_state(optimizer, PARAMS, after_adam())
+    assert_same(found.state[1].inner_state, after_adam()[1])
+
+
+@each_without_adam
 @each_way
 def test_another_clip_keeps_what_means_the_same(method, way, tmp_path):
     state = after_zclip()

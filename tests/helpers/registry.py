@@ -7,9 +7,13 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import optclip
+from optclip._numerics import is_floating
+from optclip._tree.layout import whole_on_devices_of
 
 
 class Method(NamedTuple):
@@ -68,6 +72,33 @@ class Method(NamedTuple):
 def by_first_letter(path: str) -> str:
     """The label of a leaf for `clip_by_group_norm`: two leaves often share one."""
     return path[:1]
+
+
+def second_moments(b2: float = 0.99) -> optax.GradientTransformation:
+    """An Adam that keeps its second moments and hands the gradient on, for `clip_by_adam_rms`."""
+
+    def of_zeros(x: Any) -> Any:
+        wide = jnp.float64 if x.dtype in (jnp.float64, jnp.complex128) else jnp.float32
+        return jnp.zeros_like(x, dtype=wide)
+
+    def init(params: optax.Params) -> optax.ScaleByAdamState:
+        nu = jax.tree.map(lambda x: of_zeros(x) if is_floating(x) else (), params)
+        count = whole_on_devices_of(params, jnp.zeros([], jnp.int32))
+        return optax.ScaleByAdamState(count=count, mu=(), nu=nu)
+
+    def update(updates: optax.Updates, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+
+        def averaged(g: Any, v: Any) -> Any:
+            if not is_floating(g):
+                return v
+            size = jnp.abs(g).astype(v.dtype)
+            return b2 * v + (1 - b2) * size * size
+
+        nu = jax.tree.map(averaged, updates, state.nu)
+        return updates, state._replace(count=state.count + 1, nu=nu)
+
+    return optax.GradientTransformation(init, update)
 
 
 FIXED = (
@@ -227,6 +258,14 @@ WRAPPERS = (
         has_memory=True,
         needs_params=True,
     ),
+    Method(
+        optclip.clip_by_adam_rms,
+        {"inner": second_moments(), "threshold": 3.0, "eps": 1e-8},
+        scope="leaf",
+        norm="rms",
+        traced=("threshold", "eps"),
+        has_memory=True,
+    ),
 )
 """Wrappers of optimizers, around one that changes nothing."""
 
@@ -246,7 +285,15 @@ For tests of how devices, platforms and exported programs measure and multiply. 
 is right on a mesh and in `shard_map` is among what `test_public_suite.py` asks.
 """
 
-WITHOUT_METHOD = {"ClipState", "Restored", "clip_by", "grew_most", "metrics", "restore_state"} | {
+WITHOUT_METHOD = {
+    "ClipState",
+    "Restored",
+    "clip_by",
+    "grew_most",
+    "metrics",
+    "restore_state",
+    "stable_adamw",
+} | {
     "histograms",
     "limiters",
     "norms",

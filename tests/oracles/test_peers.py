@@ -199,3 +199,22 @@ def test_spam(theta):
     )
     result = run_stream(optclip.spam_clip, rows, {"threshold": theta, "warmup_steps": 19})
     assert_same(result, model.applied(rows, peer.step), rows)
+
+
+def test_pytorch_optimizer_stable_adamw():
+    """Whose RMS has eps^2 under v too; of its weights what one step adds."""
+    pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
+    setting = {"weight_decay": 0.1, "eps": 1e-6}
+    rows, model = run_of("usual"), Model()
+    optimizer = pytorch_optimizer.StableAdamW(
+        model.module.parameters(), lr=0.1, betas=(0.9, 0.99), kahan_sum=False, **setting
+    )
+    after = model.applied(rows, optimizer.step, read=lambda parameter: parameter.detach().clone())
+    params = np.concatenate([np.ones((1, SIZE)), after[:-1]])
+    result = run_stream(
+        lambda **given: optclip.stable_adamw(0.1, b2=0.99, **given), rows, setting, params=params
+    )
+    assert np.mean(result.readings["clip/norm"] > 1.001) > 0.01
+    own = np.max(np.abs(result.updates - (after - params))) / 0.1
+    print(f"updates, of the learning rate: {own:.1e}")
+    assert own <= 1e-4

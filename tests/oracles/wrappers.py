@@ -165,3 +165,30 @@ class Leaf:
         if allowed > 0:
             self.excess += min(max(max(share, length) / allowed / 2 - 1, 0), 1)
         return bound, update
+
+
+class StableAdamW:
+    """AdamW whose every tensor takes a step shortened by max(1, RMS(g / sqrt(v)) / d).
+
+    Algorithm 2 of arXiv:2304.13013, with its decays that are corrected for the start. The weights
+    are told at every step. `leaves` are the sizes of the tensors.
+    """
+
+    def __init__(self, leaves, rate, b1, b2, eps, decay, threshold):
+        self.parts = np.split(np.arange(sum(leaves)), np.cumsum(leaves)[:-1])
+        self.rate, self.b1, self.b2 = rate, b1, b2
+        self.eps, self.decay, self.threshold, self.steps = eps, decay, threshold, 0
+        self.mean, self.square = 0.0, 0.0
+
+    def step(self, gradient, weights):
+        """The largest RMS, and the update."""
+        self.steps += 1
+        b1, b2 = (b * (1 - b ** (self.steps - 1)) / (1 - b**self.steps) for b in (self.b1, self.b2))
+        self.mean = b1 * self.mean + (1 - b1) * gradient
+        self.square = b2 * self.square + (1 - b2) * gradient**2
+        ratios = gradient**2 / np.maximum(self.square, self.eps**2)
+        update = -self.rate * (self.decay * weights + self.mean / (np.sqrt(self.square) + self.eps))
+        sizes = [math.sqrt(np.mean(ratios[part])) for part in self.parts]
+        for part, size in zip(self.parts, sizes, strict=True):
+            update[part] /= max(1, size / self.threshold)
+        return max(sizes), update
