@@ -260,7 +260,7 @@ WRAPPERS = (
     ),
     Method(
         optclip.clip_by_adam_rms,
-        {"inner": second_moments(), "threshold": 3.0, "eps": 1e-8},
+        {"inner": second_moments(), "threshold": 3.0, "eps": 1e-8, "nonfinite": "skip"},
         scope="leaf",
         norm="rms",
         traced=("threshold", "eps"),
