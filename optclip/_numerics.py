@@ -157,6 +157,12 @@ def infinite_unless_finite(sizes: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(sizes), sizes, jnp.inf)
 
 
+def power_of_two(scale: jax.Array) -> jax.Array:
+    """About the same scale, by which a number of any type is multiplied without rounding."""
+    bits = jnp.finfo(scale.dtype).nexp
+    return lax.stop_gradient(lax.reduce_precision(scale, exponent_bits=bits, mantissa_bits=0))
+
+
 def largest(dtype: jax.typing.DTypeLike) -> float:
     """The largest finite number of `dtype`."""
     return float(jnp.finfo(dtype).max)

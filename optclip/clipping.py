@@ -325,10 +325,10 @@ def _check(rule: Rule, scope: Any, norm: Any, limiter: Any, nonfinite: Any) -> N
                 f"got {value!r}"
             )
     check_nonfinite(nonfinite)
-    if norm.combine is None and scope.name != "leaf":
+    if norm.combine is None and scope.labels is not None:
         raise ValueError(
-            f"the norm {norm.name!r} exists only for one whole leaf, not for scope {scope.name!r}; "
-            "pass scope=scopes.leaf"
+            f"the norm {norm.name!r} exists only for single matrices, not for scope "
+            f"{scope.name!r}; pass scope=scopes.leaf, or scopes.unit with the axes of a matrix"
         )
 
 

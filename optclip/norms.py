@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optclip import _jax, _numerics
+from optclip import _jax, _matrices, _numerics
 from optclip._numerics import Axes
 
 Size = int | float | np.ndarray | jax.Array
@@ -218,6 +218,41 @@ def lp(power: float) -> Norm:
         lift=lambda norm, size: norm**power,
         safety="peak",
     )
+
+
+def _squared_singular_value(x: jax.Array, axes: Axes, scale: jax.Array | None) -> jax.Array:
+    dtype = _matrices.multiplied_in(x.dtype)
+    power = rest = jnp.ones([], _numerics.accumulator(x.dtype))
+    if scale is not None:
+        power = _numerics.power_of_two(scale)  # So that it is exact in the leaf's type.
+        rest = scale / power
+    matrices = _matrices.upright(_matrices.as_matrices(read(x, power), axes))
+    found = _matrices.largest(_matrices.gram(matrices, dtype), dtype)
+    if len(axes) < x.ndim:
+        found = jnp.expand_dims(found, axes)
+    return found * rest * rest
+
+
+spectral = Norm(
+    "spectral",
+    degree=2,
+    statistic=_squared_singular_value,
+    combine=None,
+    across=lax.pmax,
+    finish=lambda statistic, size: _root(statistic, 2),
+    lift=lambda norm, size: norm * norm,
+    adds=False,
+    safety="peak",
+)
+"""The largest singular value of each matrix; of several together, the largest of all.
+
+For `scopes.leaf`, or `scopes.unit` with the axes that one matrix spans: the last of them counts its
+columns, the others together its rows, so that a convolution kernel is one matrix, and
+`scopes.unit((1, 2))` measures each layer of a stack. Of a vector it is the 2-norm. By 16 squarings
+of the smaller square of the matrix, in bfloat16 where the leaf is (its sums are float32): right to
+1e-5, to 1e-4 in bfloat16. Power iteration would be a hundred times as cheap, and reads too little
+where two singular values are near each other, as of noise. Inside `shard_map` every device gathers
+the matrix."""
 
 
 class Magnitude(NamedTuple):

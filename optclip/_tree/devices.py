@@ -178,3 +178,32 @@ def _flat(entry: Any) -> tuple[str, ...]:
 def _quoted(names: frozenset[str]) -> str:
     ordered = sorted(names)
     return repr(ordered[0]) if len(ordered) == 1 else repr(tuple(ordered))
+
+
+def whole(path: str, part: jax.Array, sharding: LeafSharding, axes: Sequence[int]) -> jax.Array:
+    """One device's part of a leaf, with what the others have along some axes.
+
+    Raises:
+        ValueError: Where the leaf is split, and nobody says along which of its axes.
+    """
+    if sharding.names and sharding.dims is None:
+        raise ValueError(
+            f"{path!r} is split over {list(sharding.names)}, but along which of its dimensions? "
+            "Singular values need to know: pass sharded= with a PartitionSpec for it"
+        )
+    for axis, names in (sharding.dims or {}).items():
+        if axis in axes:
+            part = lax.all_gather(part, names, axis=axis, tiled=True)
+    return part
+
+
+def own_part(
+    whole: jax.Array, sharding: LeafSharding, axes: Sequence[int], shape: Sequence[int]
+) -> jax.Array:
+    """The inverse of `whole`; `shape` is that of the part."""
+    split = {axis: names for axis, names in (sharding.dims or {}).items() if axis in axes}
+    starts = [
+        lax.axis_index(tuple(split[axis])) * length if axis in split else 0
+        for axis, length in enumerate(shape)
+    ]
+    return lax.dynamic_slice(whole, starts, shape) if split else whole

@@ -1,6 +1,7 @@
 """The named methods: each a composition of a few lines, with its formula, defaults and source."""
 
 from optclip.methods.clip_by_value import clip_by_value
+from optclip.methods.clip_singular_values import clip_singular_values
 from optclip.methods.clippy import clippy
 from optclip.methods.fixed import (
     clip_by_block_rms,
@@ -36,6 +37,7 @@ __all__ = [
     "clip_by_quantile",
     "clip_by_value",
     "clip_by_window",
+    "clip_singular_values",
     "clippy",
     "measure_norms",
     "normalize_by_norm",
