@@ -16,6 +16,7 @@ from helpers.samples import (
     ALL_METHODS,
     assert_close,
     assert_same,
+    canceled,
     detailed,
     gradient,
     once_a_method,
@@ -162,7 +163,8 @@ def test_replicas_read_with_the_axis_of_devices_in_front(method):
     step = quick_jit(jax.pmap(programs.one))
     for updates in gradients:
         _, replicas, readings = step(replicate(updates), replicas, replicate(params))
-    assert_close((replicas, readings), jax.tree.map(in_front, steps[-1][1:]))
+    right = jax.tree.map(in_front, steps[-1][1:])
+    assert_close((replicas, readings), right, atol=canceled(method))
     assert_same(optclip.metrics(replicas, replicate(params)), readings)
 
 

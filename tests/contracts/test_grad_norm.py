@@ -22,7 +22,13 @@ from helpers.samples import (
 import optclip
 
 PARAMS = sample_parameters()
-BOUNDS = {"clip_by_block_rms", "clippy", "clip_by_param_norm", "measure_norms"}
+BOUNDS = {
+    "clip_by_block_rms",
+    "clip_by_param_norm",
+    "clip_singular_values",
+    "clippy",
+    "measure_norms",
+}
 """They are for after the optimizer too."""
 
 

@@ -16,6 +16,7 @@ import pytest
 from helpers.registry import ONE_OF_EACH_KIND
 from helpers.samples import (
     assert_close,
+    canceled,
     detailed,
     once_a_method,
     quick_jit,
@@ -271,19 +272,20 @@ MANUAL = {
 @each_kind
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_whole_arrays_and_pmap(method, layout):
-    assert_close(LAYOUTS[layout](method), single(method).steps)
+    assert_close(LAYOUTS[layout](method), single(method).steps, atol=canceled(method))
 
 
 @each_kind
 @pytest.mark.parametrize("layout", MANUAL)
 def test_shard_map(method, layout):
     manual = MANUAL[layout]
-    if method.scope == "unit" and manual.say is None:
+    if method.scope in ("unit", "matrix") and manual.say is None:
         # JAX tracks over which axes a leaf is split, not along which of its dimensions.
         with pytest.raises(ValueError, match=r"sharded= with a PartitionSpec"):
             under_shard_map(method, manual)
     else:
-        assert_close(under_shard_map(method, manual), single(method).steps)
+        found = under_shard_map(method, manual)
+        assert_close(found, single(method).steps, atol=canceled(method))
 
 
 @pytest.mark.parametrize("size", [1.0, 1e30])

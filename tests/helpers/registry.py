@@ -23,8 +23,8 @@ class Method(NamedTuple):
         factory: What makes the transformation: any function of that kind.
         arguments: What the tests pass; chosen so that a gradient of a few dozen entries about 1
             is clipped, and one a thousand times smaller is not.
-        scope: Which entries share a norm: "tree", "leaf", "unit", "group" or "element".
-        norm: "l2", "l1", "l3", "linf" or "rms".
+        scope: Which entries share a norm: "tree", "leaf", "unit", "group", "matrix" or "element".
+        norm: "l2", "l1", "l3", "linf", "rms" or "spectral".
         traced: The arguments that may be traced values: all numeric ones that set no shape.
         hard: Whether a gradient below the threshold comes back bit for bit.
         scales_up: Whether a small gradient becomes larger.
@@ -47,7 +47,7 @@ class Method(NamedTuple):
     @property
     def threshold(self) -> str | None:
         """The argument that is a threshold itself, in the gradient's units or the parameters'."""
-        names = ("max_norm", "init")
+        names = ("max_norm", "max_value", "init")
         if not self.has_memory:
             names += ("max_delta", "threshold", "clipping", "ratio", "target")
         return next((name for name in names if name in self.traced), None)
@@ -147,6 +147,15 @@ FIXED = (
         needs_params=True,
     ),
     Method(optclip.smooth_clip, {"max_norm": 1.0}, traced=("max_norm",), hard=False),
+    # Of the leaves of rank 2; the others are left alone.
+    Method(
+        optclip.clip_singular_values,
+        {"max_value": 0.3},
+        scope="matrix",
+        norm="spectral",
+        traced=("max_value",),
+        hard=False,
+    ),
     Method(
         optclip.normalize_by_norm,
         {"target": 1.0},

@@ -32,6 +32,7 @@ class Outcome(NamedTuple):
         norm: The norm of all groups together.
         clipped_norm: The same after clipping.
         bounds: Of single entries: the bound of every entry, for each leaf that has entries.
+        rounding: For some leaves how far float32 may be off in any entry.
     """
 
     updates: Any
@@ -43,6 +44,7 @@ class Outcome(NamedTuple):
     norm: float
     clipped_norm: float
     bounds: dict[int, np.ndarray]
+    rounding: dict[int, float] = {}  # noqa: RUF012 - nobody changes it
 
 
 # Leaves
@@ -289,3 +291,62 @@ class EntryClip(Clip):
             clipped_norm=norm(flat["size"] * flat["factor"], self.kind),
             bounds=bounds,
         )
+
+
+class SingularValueClip(Clip):
+    """Every singular value s of every leaf as s / sqrt(1 + s^2 / c^2).
+
+    The last axis of a leaf counts its columns. Where the largest is more than 1e5 c, h, the
+    100,000th of it, takes the place of c, and the result is multiplied by c / h.
+    """
+
+    LARGEST = 1e5
+
+    def __init__(self, threshold: float):
+        super().__init__(threshold, "leaf")
+
+    def measure(self, tree: Any, params: Any, group: Group) -> float:
+        leaves = jax.tree.leaves(tree)
+        return max((float(_decomposed(leaves[place])[1][0]) for place, _ in group), default=0.0)
+
+    def step(self, updates: Any, params: Any = None) -> Outcome:
+        leaves, structure = jax.tree.flatten(updates)
+        groups = groups_of(updates, "leaf")
+        factors, norms, rounding = [], [], {}
+        for ((place, _),) in groups:
+            left, values, right = _decomposed(leaves[place])
+            held = max(self.threshold, values[0] / self.LARGEST)
+            shares = _soft(values, held) * (self.threshold / held if values[0] else 1)
+            shares = shares if math.isfinite(self.threshold) else np.ones_like(values)
+            leaves[place] = ((left * (values * shares)) @ right).reshape(np.shape(leaves[place]))
+            norms.append(float(values[0]))
+            factors.append(float(shares[0]))
+            # A rounding of the largest, of which all but the threshold is taken away.
+            rounding[place] = 1e-6 * min(values[0], self.LARGEST * self.threshold)
+        clipped = [x * factor for x, factor in zip(norms, factors, strict=True)]
+        return Outcome(
+            updates=jax.tree.unflatten(structure, leaves),
+            groups=groups,
+            norms=norms,
+            thresholds=[float(self.threshold)] * max(len(groups), 1),
+            factors=factors or [1.0],
+            share=float(np.mean(np.asarray(norms) > self.threshold)) if norms else 0.0,
+            norm=max(norms, default=0.0),
+            clipped_norm=max(clipped, default=0.0),
+            bounds={},
+            rounding=rounding,
+        )
+
+
+def _decomposed(x: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The singular value decomposition of a leaf of any magnitude."""
+    matrix = wide(x).reshape(-1, np.shape(x)[-1] if np.ndim(x) > 1 else 1)
+    peak = float(np.max(np.abs(matrix), initial=0.0)) or 1.0
+    left, values, right = np.linalg.svd(matrix / peak, full_matrices=False)
+    return left, values * peak, right
+
+
+def _soft(values: np.ndarray, threshold: float) -> np.ndarray:
+    """1 / sqrt(1 + s^2 / c^2), at every pair of s and c."""
+    ratios = values / threshold if threshold else np.zeros_like(values)
+    return 1 / np.hypot(1, ratios)

@@ -9,7 +9,16 @@ import numpy as np
 from helpers.registry import Method
 
 from oracles import learned
-from oracles.clips import Clip, EntryClip, Group, fan_in_axes, moduli, normalize, smooth
+from oracles.clips import (
+    Clip,
+    EntryClip,
+    Group,
+    SingularValueClip,
+    fan_in_axes,
+    moduli,
+    normalize,
+    smooth,
+)
 
 
 def clip_by_value(max_delta: float) -> Clip:
@@ -44,6 +53,10 @@ def clip_by_param_norm(ratio: float, eps: float = 1e-3) -> Clip:
 
 def smooth_clip(max_norm: float) -> Clip:
     return Clip(max_norm, limiter=smooth)
+
+
+def clip_singular_values(max_value: float) -> Clip:
+    return SingularValueClip(max_value)
 
 
 def normalize_by_norm(target: float) -> Clip:
@@ -139,6 +152,7 @@ ORACLES: dict[str, Callable[..., Clip]] = {
     "clip_by_leaf_norm": clip_by_leaf_norm,
     "clip_by_param_norm": clip_by_param_norm,
     "clip_by_value": clip_by_value,
+    "clip_singular_values": clip_singular_values,
     "clippy": Clippy,
     "measure_norms": measure_norms,
     "normalize_by_norm": normalize_by_norm,

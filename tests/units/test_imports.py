@@ -14,6 +14,7 @@ PACKAGE = pathlib.Path(optclip.__file__).parent
 LAYERS = (
     {"_jax"},
     {"_numerics", "_paths", "_checks", "_zeros", "_programs"},
+    {"_matrices"},
     {"norms", "_potential"},
     {"scopes", "limiters", "thresholds"},
     {"_tree"},
