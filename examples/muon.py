@@ -253,7 +253,7 @@ def train(options: Options, text: Text, folder: RunFolder) -> Row:
     losses = [test_step(state[0], *batch) for batch in held_out_batches(text, 64, CONTEXT)[:5]]
     leaves = jax.tree_util.tree_leaves_with_path(state[0])
     sizes = {jax.tree_util.keystr(p, simple=True, separator="/"): x.size for p, x in leaves}
-    return {"held_out_loss": float(np.mean(losses)), "sizes": sizes}
+    return {"held_out_loss": json_ready(float(np.mean(losses))), "sizes": sizes}
 
 
 # What came of it ---------------------------------------------------------------------------------
@@ -326,15 +326,16 @@ def report(folder: RunFolder, settings: Row, outcome: Row) -> Row:
     run_report.draw(folder.picture, rows, f"held-out loss {loss}", setup)
     print(setup)
     print_table(parts)
-    last = run_report.column(rows[-LAST:], "loss").mean()
-    print(f"loss {last:.3f}, held-out {loss}; log, checkpoints, picture, result: {folder.path}")
+    last = json_ready(run_report.column(rows[-LAST:], "loss").mean())
+    shown = run_report.show(last, ".3f", run_report.NOT_FINITE)
+    print(f"loss {shown}, held-out {loss}; log, checkpoints, picture, result: {folder.path}")
     print(verdict(parts, settings["clip"]))
     ready = {part: {name: json_ready(x) for name, x in row.items()} for part, row in parts.items()}
     return {
         **settings,
         "steps": len(rows),
-        "loss": json_ready(last),
-        "held_out_loss": json_ready(outcome["held_out_loss"]),
+        "loss": last,
+        "held_out_loss": outcome["held_out_loss"],
         "factor": run_report.median_of_finite(run_report.column(rows[-LAST:], "clip/factor")),
         "clip_rate": rows[-1]["clip/clip_rate"],
         "parts": ready,
