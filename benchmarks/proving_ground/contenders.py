@@ -58,9 +58,9 @@ def after(name: str, clip: Callable[[Any], Any], *thresholds: float, **more: Any
     return Contender(name, build, thresholds or (0.0,), **more)
 
 
-def around(name: str, wrap: Callable[[Any], Any]) -> Contender:
+def around(name: str, wrap: Callable[[Any], Any], **more: Any) -> Contender:
     """A wrapper, from the optimizer that it holds."""
-    return Contender(name, lambda optimizer, _: wrap(optimizer))
+    return Contender(name, lambda optimizer, _: wrap(optimizer), **more)
 
 
 def rival(name: str, family: str, optimizer: Callable[[Any], Any]) -> Contender:
@@ -87,6 +87,8 @@ CONTENDERS = (
     ),
     before("clip_by_value", optclip.clip_by_value, *OF_ENTRIES, of_norm=True),
     before("smooth_clip", optclip.smooth_clip, *COARSE, of_norm=True),
+    before("clip_singular_values", optclip.clip_singular_values, *COARSE, of_norm=True),
+    before("normalize_by_norm", optclip.normalize_by_norm, *COARSE, of_norm=True),
     before("adaptive_grad_clip", optclip.adaptive_grad_clip, 0.01, 0.04, 0.16),
     before("autoclip", lambda _: optclip.autoclip()),
     before("clip_by_quantile", lambda _: optclip.clip_by_quantile()),
@@ -101,6 +103,7 @@ CONTENDERS = (
     after("clip_by_param_norm", optclip.clip_by_param_norm, 0.003, 0.01, 0.03),
     around("skip_spikes", optclip.skip_spikes),
     around("safeguard", optclip.safeguard),
+    around("clip_by_adam_rms", optclip.clip_by_adam_rms, family="AdamW"),
     after("robust_clip after", lambda _: optclip.robust_clip()),
     after("clip_by_window after", lambda _: optclip.clip_by_window()),
     around("mechanize", optax.contrib.mechanize),

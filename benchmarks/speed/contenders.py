@@ -38,6 +38,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "clip_by_leaf_norm": {"max_norm": 0.1},
     "clip_by_param_norm": {"ratio": 0.0001},
     "clip_by_value": {"max_delta": 0.01},
+    "clip_singular_values": {"max_value": 0.1},
     "normalize_by_norm": {"target": 1.0},
     "smooth_clip": {"max_norm": 1.0},
 }
