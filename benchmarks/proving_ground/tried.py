@@ -329,15 +329,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", required=True, help="one task")
     parser.add_argument("--setting", action="append", help="only these settings; several times")
-    parser.add_argument("--method", action="append", help="only those that begin so; several times")
+    parser.add_argument("--method", action="append", help="only these methods; several times")
+    parser.add_argument(
+        "--places", type=int, nargs=2, metavar=("FIRST", "END"), help="only these thresholds"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/tried"))
     options = parser.parse_args()
     task = TASKS[options.task]
     if options.setting:
         task = task._replace(settings=tuple(x for x in task.settings if x.name in options.setting))
-    beginnings = tuple(options.method or ("",))
     for contender in contenders(task):
-        if contender.name.startswith(beginnings):
+        if contender.name in (options.method or [contender.name]):
+            if options.places and contender.chooses:
+                some = contender.thresholds[slice(*options.places)]
+                contender = contender._replace(thresholds=some)
             began = time.perf_counter()
             job = jobs.Job(task, contender, jobs.FULL, options.out)
             result = jobs.read(job) or jobs.run(job)
