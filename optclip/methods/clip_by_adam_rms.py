@@ -101,6 +101,9 @@ def clip_by_adam_rms(
     1 / sqrt(1 - b2). An ordinary one is about 1, on either side, so that a third of the leaves
     take a step that is shorter by some percent.
 
+    It is no guard against spikes, which stay in both moments: on the proving ground AdamW ends at
+    3.21 with it, at 3.27 without a clip and at 2.50 with `safeguard`.
+
     Args:
         inner: The optimizer.
         threshold: d, the largest RMS without a factor; a number, traced scalar or Optax schedule.
