@@ -14,7 +14,7 @@ from jax import lax
 from optclip import _numerics
 
 SQUARINGS = 16
-"""How often `largest` squares: what is within 1e-5 of the largest singular value counts as it."""
+"""How often `largest` squares: singular values within about 1e-5 of the largest count as it."""
 
 STEPS = (
     (7.559774, -20.83829, 14.71699),
@@ -129,9 +129,8 @@ def limited(
     held = jnp.where(held > 0, held, 1)
     # A little longer: what is within rounding of the largest may be larger.
     share = held / jnp.hypot(1.001 * largest_now, held)
-    held, share, identity = (
-        y.astype(square.dtype) for y in (held, share, jnp.eye(x.shape[-1], dtype=dtype))
-    )
+    identity = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=dtype), square.shape)
+    held, share, identity = (y.astype(square.dtype) for y in (held, share, identity))
     root, x = share * identity, x / held
     for step, (a, b, c) in enumerate(STEPS):
         if step == 0:

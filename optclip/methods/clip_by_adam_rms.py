@@ -42,6 +42,10 @@ _OF_SQUARES = norms.rms._replace(statistic=_sum_of_squares, entries=None)
 """The root mean square from squares, which are not written to memory."""
 
 
+LARGE = 2.0**60
+"""A second moment beside which a gradient is nothing."""
+
+
 @_jax.exportable
 class AdamRmsState(NamedTuple):
     """What `clip_by_adam_rms` remembers.
@@ -92,10 +96,12 @@ def clip_by_adam_rms(
     steps; a clip of the gradient does not see that. Unlike `clip_by_block_rms`, which measures the
     update, this one measures the gradient, without momentum.
 
-    It goes around any Optax chain with a `ScaleByAdamState` in it (adam, adamw, nadamw, lamb,
+    It goes around any Optax chain with an Adam in it (adam, adamw, nadamw, radam, lamb,
     `optax.contrib.muon` for the leaves that Adam has), and multiplies all that the chain makes,
     weight decay too. Leaves that no Adam scales are as they were. b2 and the gradient that Adam
-    gets, after a clip before it, are asked of the chain: its update is traced three times.
+    gets, after a clip before it, are asked of the chain: its update is traced three times. Squares
+    that the moments cannot hold (of entries below 2e-4 in float16, above 1e19 in float32) it sees
+    as little as Adam does.
 
     A gradient of ten times the usual size has an RMS of 7 at b2 = 0.99; no gradient has one above
     1 / sqrt(1 - b2). An ordinary one is about 1, on either side, so that a third of the leaves
@@ -118,7 +124,7 @@ def clip_by_adam_rms(
     Returns:
         An `optax.GradientTransformationExtraArgs` with an `AdamRmsState`. `clip/norm` reads the
         largest RMS, `clip/clip_rate` the share of leaves clipped. Extra arguments go to `inner`.
-        State: ten scalars beside that of `inner`. Cost: one read of the gradient and of the second
+        State: nine scalars beside that of `inner`. Cost: one read of the gradient and of the second
         moments, 9 passes with AdamW's 7; on a GPU "skip" costs up to 2 more, since XLA makes two
         kernels of the step.
 
@@ -154,6 +160,12 @@ def clip_by_adam_rms(
                 "optax.ScaleByAdamState: put it around adam, adamw or a chain with scale_by_adam; "
                 "for other optimizers there are clip_by_block_rms and safeguard"
             )
+        if not _averages_squares(held):
+            raise ValueError(
+                "clip_by_adam_rms reads an average of squares, and this optimizer keeps something "
+                "else in its optax.ScaleByAdamState, as yogi and adamax do; for it there are "
+                "clip_by_block_rms and safeguard"
+            )
         clip = init_state_by_leaf(params, axis_name, sharded, detail=detail)
         return AdamRmsState(clip, inner_state)
 
@@ -177,8 +189,8 @@ def clip_by_adam_rms(
             apart = _computed_anew(updates)
             _, of_gradient = step(apart, _with_second_moment(state.inner_state, 0))
             nothing = jax.tree.map(_zeros_like, updates)
-            _, of_one = step(nothing, _with_second_moment(state.inner_state, 1))
-            adams = _adams(state.inner_state, of_gradient, of_one)
+            _, of_large = step(nothing, _with_second_moment(state.inner_state, LARGE))
+            adams = _adams(state.inner_state, of_gradient, of_large)
             ratios = _ratios(layout, apart, adams, at(eps, steps, one))
             statistics = statistics_of(layout, _OF_SQUARES, [ratios], [None])[0]
             found = finished(layout, norms.rms, statistics, 1, gathered=True)
@@ -249,21 +261,42 @@ def _computed_anew(tree: Any) -> Any:
     return jax.tree.unflatten(structure, leaves)
 
 
-def _adams(inner_state: Any, of_gradient: Any, of_one: Any) -> list[_Adam]:
+def _averages_squares(inner: optax.GradientTransformationExtraArgs) -> bool:
+    """Whether a first Adam does; True where it cannot be asked on two numbers."""
+    try:
+        with jax.ensure_compile_time_eval():
+            zeros = jnp.zeros(2, jnp.float32)
+            state = inner.init(zeros)
+
+            def moment(gradient: float, before: float) -> float:
+                given = _with_second_moment(state, before)
+                after = inner.update(zeros + gradient, given, zeros)[1]
+                return float(jax.tree.leaves(_adam_states(after)[0].nu)[0][0])
+
+            fades = moment(0.0, LARGE) < LARGE
+            of_one, of_two = moment(1e-3, 0.0), moment(2e-3, 0.0)
+    except Exception:
+        return True
+    # Of nothing, as in the first of several accumulated steps, nothing is known.
+    return of_one == 0 or (fades and not 1.9 < of_two / of_one < 2.1)
+
+
+def _adams(inner_state: Any, of_gradient: Any, of_large: Any) -> list[_Adam]:
     """What is known of each Adam.
 
     Args:
         inner_state: The optimizer's state before the step.
-        of_gradient: The same had every second moment been 0: what the gradient adds to them.
-        of_one: The same had it been 1, and the gradient 0: what is left of it, which is b2.
+        of_gradient: After it, had every second moment been 0: what the gradient adds to them.
+        of_large: The same had it been `LARGE`, and the gradient 0: what is left of it, b2 `LARGE`.
+            What the chain makes of a gradient of 0, as of momentum, is nothing beside that.
     """
     found = []
-    states = map(_adam_states, (inner_state, of_gradient, of_one))
+    states = map(_adam_states, (inner_state, of_gradient, of_large))
     for before, added, left in zip(*states, strict=True):
         moments, shares, lefts = (dict(leaves_with_paths(x.nu)) for x in (before, added, left))
         known = [x for x in lefts.values() if x.size]
         if known:  # The same number in all of them.
-            decay = jnp.max(min(known, key=jnp.size))
+            decay = jnp.max(min(known, key=jnp.size)) / LARGE
             found.append(_Adam(decay, jnp.asarray(array_in(added.count)), moments, shares))
     return found
 
@@ -272,7 +305,12 @@ def _ratios(
     layout: Layout, updates: optax.Updates, adams: list[_Adam], eps: jax.Array
 ) -> list[jax.Array]:
     """g^2 / max(v, eps^2), entry by entry; NaN where g is not finite."""
-    found = []
+    found, paths = [], {path for path, _ in leaves_with_paths(updates)}
+    if strange := [path for adam in adams for path in adam.shares if path not in paths]:
+        raise ValueError(
+            f"an Adam has a leaf {strange[0]!r}, which the gradient lacks, as in optax.flatten: "
+            "put clip_by_adam_rms within what changes the tree"
+        )
     for member, g in zip(layout.members, select_leaves(layout, updates), strict=True):
         own = [adam for adam in adams if member.path in adam.shares]
         if len(own) > 1:

@@ -321,10 +321,10 @@ def normalize_by_norm(
 
     Normalized gradient descent: the step has the same length on a plateau as on a cliff, so
     vanishing gradients are cured as exploding ones are. It is no clip. Of a batch near a minimum
-    the noise is scaled up too, so the learning rate must fall, or the run circles the minimum at
-    the distance of a step; momentum *before* it averages the noise out first (Cutkosky and Mehta),
-    as in `optax.chain(optax.ema(0.9), normalize_by_norm(1.0), ...)`. Adam and Muon normalize by
-    themselves, and have no use for it.
+    the noise is scaled up too, so that the run circles the minimum at the distance of a step, and
+    the learning rate must fall. Momentum before it (Cutkosky and Mehta), as in
+    `optax.chain(optax.ema(0.9), normalize_by_norm(1.0), ...)`, averages noise out on the way, and
+    by itself cures that no more. Adam and Muon normalize by themselves, and have no use for it.
 
     Args:
         target: c, the norm that every gradient gets, in units of the gradient's norm; a number,

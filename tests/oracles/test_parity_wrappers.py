@@ -217,6 +217,44 @@ def test_leaves_without_an_adam_are_as_they_were():
     assert float(state.clip.clip_rate) == 0.5
 
 
+@pytest.mark.parametrize(
+    "before",
+    [optax.trace(0.9), optax.add_decayed_weights(1.0), optax.ema(0.9, debias=False)],
+    ids=["momentum", "decay", "average"],
+)
+def test_what_stands_before_adam_does_not_hide_its_b2(before):
+    """It makes a gradient of a zero gradient too."""
+    rows, params = gradients_of(STREAMS["quiet"])[:200], moving_parameters()[:200]
+    inside = run_stream(
+        lambda: optclip.clip_by_adam_rms(optax.chain(before, optax.adam(0.1, b2=0.9))),
+        rows,
+        {},
+        params=params,
+    )
+    outside = run_stream(
+        lambda: optax.chain(before, optclip.clip_by_adam_rms(optax.adam(0.1, b2=0.9))),
+        rows,
+        {},
+        params=params,
+    )
+    assert np.max(outside.readings["clip/norm"]) > 1.05
+    assert deviation(inside.readings["clip/norm"], outside.readings["clip/norm"]) <= CLOSE
+    assert deviation(inside.updates, outside.updates) <= CLOSE
+
+
+@pytest.mark.parametrize("optimizer", [optax.yogi(0.1), optax.adamax(0.1)], ids=["yogi", "adamax"])
+def test_what_is_no_average_of_squares_is_refused(optimizer):
+    with pytest.raises(ValueError, match="an average of squares"):
+        optclip.clip_by_adam_rms(optimizer).init(jnp.ones(3))
+
+
+def test_an_adam_on_another_tree_is_refused():
+    params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    optimizer = optclip.clip_by_adam_rms(optax.flatten(optax.adam(0.1)))
+    with pytest.raises(ValueError, match=r"optax\.flatten: put clip_by_adam_rms within"):
+        optimizer.update(params, optimizer.init(params), params)
+
+
 def test_no_adam_or_two_of_one_leaf_are_refused():
     params = jnp.ones(3)
     with pytest.raises(ValueError, match=r"holds no optax\.ScaleByAdamState: put it around"):
