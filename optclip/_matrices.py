@@ -91,11 +91,13 @@ def largest(square: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     that is: no vector to start from, which may be the wrong one, and as many multiplications for
     every matrix.
     """
-    alone = lax.stop_gradient(square)
-    for _ in range(SQUARINGS):
-        alone = _of_length_1(alone)
-        alone = product(alone, alone, dtype)
-    alone = _of_length_1(alone)
+
+    def squared(_: jax.Array, alone: jax.Array) -> jax.Array:
+        return _of_length_1(product(alone, alone, dtype))
+
+    # A loop of known length: there is nothing to ask the device, and little to compile.
+    alone = _of_length_1(lax.stop_gradient(square))
+    alone = lax.fori_loop(0, SQUARINGS, squared, alone)
     trace = _numerics.widened(jnp.trace(alone, axis1=-2, axis2=-1).real)
     found = jnp.sum((square * jnp.conj(alone)).real, axis=(-2, -1))
     return found / jnp.where(trace > 0, trace, 1)
@@ -132,11 +134,17 @@ def limited(
     identity = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=dtype), square.shape)
     held, share, identity = (y.astype(square.dtype) for y in (held, share, identity))
     root, x = share * identity, x / held
-    for step, (a, b, c) in enumerate(STEPS):
-        if step == 0:
-            upper = square * (share / held) * (share / held)
-        else:
-            upper = gram(product(x, root, dtype), dtype)
-        both = upper + product(root, root, dtype)
-        root = product(root, a * identity + b * both + c * product(both, both, dtype), dtype)
+
+    def nearer(root: jax.Array, both: jax.Array, step: jax.Array) -> jax.Array:
+        a, b, c = step
+        return product(root, a * identity + b * both + c * product(both, both, dtype), dtype)
+
+    def next_root(root: jax.Array, step: jax.Array) -> tuple[jax.Array, None]:
+        both = gram(product(x, root, dtype), dtype) + product(root, root, dtype)
+        return nearer(root, both, step), None
+
+    first, *others = (jnp.asarray(step, square.dtype) for step in STEPS)
+    # Of the first root, which is a multiple of the identity, no product is needed.
+    root = nearer(root, square * (share / held) * (share / held) + root * root, first)
+    root, _ = lax.scan(next_root, root, jnp.stack(others))
     return product(x, root, dtype)
