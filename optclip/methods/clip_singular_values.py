@@ -26,7 +26,7 @@ class _Limited(NamedTuple):
     """What became of the matrices of one leaf.
 
     Attributes:
-        updates: The leaf.
+        updates: The leaf, in its wide type.
         before: The largest singular value of each.
         after: What became of that.
         factors: What that was multiplied by.
@@ -132,7 +132,9 @@ def clip_singular_values(
                     found.append(None)
                     continue
                 limited = _limited(member, axes, x, threshold)
-                leaves[member.index] = jnp.where(finite, limited.updates, x)
+                # In the wide type: a choice among float8 may change the bits of a NaN.
+                chosen = jnp.where(finite, limited.updates, _numerics.widened(x))
+                leaves[member.index] = chosen.astype(x.dtype)
                 found.append(limited)
             updates = jax.tree.unflatten(structure, leaves)
             if nonfinite == "zero":
@@ -211,7 +213,7 @@ def _limited(
     after = jnp.where(idle, before, bound * (singular_value / length))
     factors = jnp.where(idle, 1, scaled) / length
     kept = jnp.reshape(idle, scales.shape)
-    limited = jnp.where(kept, whole, _numerics.scaled(unit, bound).astype(x.dtype))
+    limited = jnp.where(kept, _numerics.widened(whole), _numerics.scaled(unit, bound))
     limited = devices.own_part(limited, member.sharding, axes, jnp.shape(x))
     return _Limited(_as_lying(limited, x), before, after, factors)
 
