@@ -97,6 +97,11 @@ class Method(NamedTuple):
         return tuple(x.name for x in self.arguments if x.default is None and x.name != "inner")
 
     @property
+    def needs_adam(self) -> bool:
+        """Whether the optimizer that it wraps must hold an Adam: its docstring says so."""
+        return "`inner` holds no Adam" in self.document
+
+    @property
     def follows(self) -> bool:
         """Whether it bounds the update, and stands after the optimizer: its docstring says so."""
         return bool(re.search(r"\b[Ff]or after the optimizer[.:]", self.document))

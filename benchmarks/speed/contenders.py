@@ -52,9 +52,6 @@ COUNTERPARTS = {
 }
 """Optax's method of the same meaning."""
 
-AROUND_ADAM = ("clip_by_adam_rms",)
-"""Those that hold no other optimizer; they are timed around AdamW."""
-
 QUICK = (
     "adaptive_grad_clip",
     "clip_by_block_rms",
@@ -144,6 +141,8 @@ def _is_known(method: catalogue.Method) -> bool:
 def _of_method(method: catalogue.Method) -> Contender:
     name, function = method.name, getattr(optclip, method.name)
     arguments = ARGUMENTS.get(name, {})
+    if method.needs_adam:  # SGD, around which the others are timed, has none.
+        return Contender(name, lambda _: function(optax.adamw(1e-3), **arguments))
     if method.wraps:
         return Contender(name, lambda optimizer: function(optimizer, **arguments))
     place = _after if method.follows else _before

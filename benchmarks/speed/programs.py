@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from benchmarks.speed.contenders import AROUND_ADAM, Contender
+from benchmarks.speed.contenders import Contender
 from benchmarks.speed.trees import Tree
 from benchmarks.speed.work import Work, work_of
 
@@ -48,8 +48,7 @@ def build(contender: Contender, tree: Tree, dtype: str) -> Program:
     The step is clip, `optax.sgd(0.01)` and `apply_updates`, jitted as a whole. Parameters and state
     are donated.
     """
-    with_adam = contender.name in AROUND_ADAM
-    optimizer = contender.around(optax.adamw(1e-3) if with_adam else optax.sgd(0.01))
+    optimizer = contender.around(optax.sgd(0.01))
 
     def step(params: Any, state: Any, gradient: Any) -> tuple[Any, Any]:
         updates, state = optimizer.update(gradient, state, params)

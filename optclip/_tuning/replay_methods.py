@@ -20,7 +20,7 @@ from optclip.methods.safeguard import SafeguardState
 FIXED = "clip_by_global_norm"
 
 NO_PARAMS = "takes the parameters, which were not recorded"
-NO_NORM = {"clip_by_adam_rms": "takes Adam's second moments, which were not recorded"}
+NO_MOMENTS = "takes Adam's second moments, which were not recorded"
 NO_LEAVES = (
     "takes the norm of each leaf, and none were recorded; record a run with "
     "optclip.measure_norms(detail=True) and log optclip.metrics(opt_state, params)"
@@ -110,8 +110,8 @@ def _with_defaults(
     """The methods with their defaults; why not, of those that have none or learn nothing."""
     asked = {}
     for method in methods:
-        if method.name in NO_NORM:
-            not_replayed[method.name] = NO_NORM[method.name]
+        if method.needs_adam:
+            not_replayed[method.name] = NO_MOMENTS
         elif method.family == "relative":
             not_replayed[method.name] = NO_PARAMS
         elif method.needs:

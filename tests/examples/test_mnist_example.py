@@ -15,6 +15,7 @@ import optax
 import pytest
 
 import optclip
+from optclip import catalogue
 
 # The libraries that only the example needs may warn as they like.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -305,7 +306,7 @@ def test_every_public_clip_can_be_named(example):
     assert {"clip_by_global_norm", "measure_norms"} <= set(methods)
     assert not {"clip_by", "metrics", "norms"} & set(methods)
     for name in methods:
-        given = []
+        given = ["--optimizer", "adam"] if catalogue.named(name).needs_adam else []
         for _ in range(3):
             try:
                 options = example.parse_options(["--clip", name, *given])
