@@ -28,7 +28,9 @@ REQUIRED = {  # for the arguments of clips that have no default
     "labels": "{'conv1': 'a', 'dense1': 'b'}",
     "max_delta": "0.1",
     "max_norm": "1.0",
+    "max_value": "1.0",
     "ratio": "0.01",
+    "target": "1.0",
     "threshold": "1.0",
 }
 
