@@ -197,13 +197,12 @@ def whole(path: str, part: jax.Array, sharding: LeafSharding, axes: Sequence[int
     return part
 
 
-def own_part(
-    whole: jax.Array, sharding: LeafSharding, axes: Sequence[int], shape: Sequence[int]
-) -> jax.Array:
-    """The inverse of `whole`; `shape` is that of the part."""
-    split = {axis: names for axis, names in (sharding.dims or {}).items() if axis in axes}
-    starts = [
-        lax.axis_index(tuple(split[axis])) * length if axis in split else 0
-        for axis, length in enumerate(shape)
+def offset(
+    sharding: LeafSharding, part: Sequence[int], axes: Sequence[int]
+) -> list[jax.Array | int]:
+    """Where this device's part of a leaf begins, along those of its axes that `axes` names."""
+    dims = sharding.dims or {}
+    return [
+        lax.axis_index(tuple(dims[axis])) * length if dims.get(axis) and axis in axes else 0
+        for axis, length in enumerate(part)
     ]
-    return lax.dynamic_slice(whole, starts, shape) if split else whole

@@ -161,7 +161,7 @@ def layout_of(
         axes = scope.axes(path, shape)
         if axes is None:
             continue
-        axes = _checked_axes(axes, path, shape)
+        axes = tuple(sorted(set(checked_axes(axes, path, shape))))
         kept = tuple(1 if axis in axes else length for axis, length in enumerate(shape))
         if scope.order is not None and label not in places:
             raise ValueError(
@@ -280,11 +280,15 @@ def select_leaves(layout: Layout, tree: Any) -> list[jax.Array]:
     return found
 
 
-def _checked_axes(axes: Any, path: str, shape: tuple[int, ...]) -> Axes:
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+def checked_axes(axes: Any, path: str, shape: tuple[int, ...]) -> Axes:
+    """Some axes of a leaf, counted from 0, in the order in which they were named."""
+    axes = (axes,) if isinstance(axes, int | np.integer) else tuple(axes)
     if any(not -len(shape) <= axis < len(shape) for axis in axes):
-        raise ValueError(f"axis {axes} of {path!r} does not exist: its shape is {shape}")
-    return tuple(sorted({axis % len(shape) for axis in axes}))
+        raise ValueError(
+            f"axis {axes} of {path!r} does not exist: its shape is {shape}, {len(shape)} axes; a "
+            "function from path and shape may answer None to leave a leaf alone"
+        )
+    return tuple(int(axis) % len(shape) for axis in axes)
 
 
 def _whole_shape(

@@ -40,7 +40,10 @@ def measure_together(
     """
     forest = [select_leaves(layout, tree) for tree in trees]
     if norm.combine is None:
-        forest = [whole_matrices(layout, leaves) for leaves in forest]
+        forest = [
+            [pieces.whole(*each, each[0].axes) for each in zip(layout.members, leaves, strict=True)]
+            for leaves in forest
+        ]
     if layout.dtype == jnp.float64:  # Beside 64-bit leaves the others are measured in 64 bits too.
         forest = [[_numerics.widened(x, layout.dtype) for x in leaves] for leaves in forest]
     if norm.safety == "range":
@@ -66,14 +69,6 @@ def measure_together(
     statistics = statistics_of(layout, norm, forest, scales)
     pairs = zip(statistics, scales, strict=True)
     return [finished(layout, norm, x, scale, gathered) for x, scale in pairs]
-
-
-def whole_matrices(layout: Layout, leaves: list[jax.Array]) -> list[jax.Array]:
-    """The leaves, whole on every device along the axes of a group."""
-    return [
-        devices.whole(member.path, pieces.replicated(x), member.sharding, member.axes)
-        for member, x in zip(layout.members, leaves, strict=True)
-    ]
 
 
 def of_what_moves(

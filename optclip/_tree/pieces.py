@@ -8,7 +8,7 @@ share one.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -181,13 +181,26 @@ def scatter(member: GroupedLeaf, part: jax.Array) -> jax.Array:
 
 def offset(member: GroupedLeaf, part: tuple[int, ...]) -> list[jax.Array | int]:
     """Where this device's part of the groups begins."""
-    dims = member.sharding.dims or {}
-    return [
-        lax.axis_index(tuple(dims[axis])) * length
-        if dims.get(axis) and axis not in member.axes
-        else 0
-        for axis, length in enumerate(part)
-    ]
+    kept = [axis for axis in range(len(part)) if axis not in member.axes]
+    return devices.offset(member.sharding, part, kept)
+
+
+def whole(member: GroupedLeaf, x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """A leaf, whole on every device along some axes."""
+    return devices.whole(member.path, replicated(x), member.sharding, axes)
+
+
+def own_part(
+    member: GroupedLeaf, whole: jax.Array, axes: Sequence[int], like: jax.Array
+) -> jax.Array:
+    """The inverse of `whole`; it lies as `like`, the leaf, does."""
+    if any(axis in axes for axis in member.sharding.dims or {}):
+        start = devices.offset(member.sharding, like.shape, axes)
+        whole = lax.dynamic_slice(whole, start, like.shape)
+    sharding = getattr(jax.typeof(like), "sharding", None)
+    if sharding is None or sharding.mesh.empty or AxisType.Explicit not in sharding.mesh.axis_types:
+        return whole
+    return jax.sharding.reshard(whole, sharding)
 
 
 def replicated(x: jax.Array) -> jax.Array:

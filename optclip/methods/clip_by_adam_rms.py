@@ -336,11 +336,8 @@ def _ratio(adam: _Adam, path: str, eps: jax.Array) -> jax.Array:
     correction, weight = 1 - decay ** adam.count.astype(dtype), 1 - decay
     times = correction / jnp.where(weight > 0, weight, jnp.inf)
     floor = jnp.maximum(eps * eps * correction, jnp.finfo(dtype).tiny)
-    # Numbers of its own for each leaf, or XLA for a CPU would write them broadcast to memory.
-    most = jnp.full([], _numerics.largest(dtype), dtype)
-    decay, times, floor, most = _numerics.computed_anew(decay, times, floor, most)
     # Squares that overflow make no step at all, since they are in both moments.
-    share = jnp.minimum(_numerics.widened(share), most)
+    share = jnp.minimum(_numerics.widened(share), _numerics.largest(dtype))
     return share / jnp.maximum(decay * _numerics.widened(moment) + share, floor) * times
 
 

@@ -6,15 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
-from jax.sharding import AxisType
 
 from optclip import _matrices, _numerics, norms, scopes
 from optclip._checks import at, check_number, check_sharded
 from optclip._tree import devices, limit, pieces
-from optclip._tree.layout import GroupedLeaf, Layout, layout_of, select_leaves
+from optclip._tree.layout import GroupedLeaf, Layout, checked_axes, layout_of, select_leaves
 from optclip._tree.measure import measure_together, room_for_moduli
 from optclip.clipping import Nonfinite, check_nonfinite
 from optclip.norms import Magnitude
@@ -106,7 +104,7 @@ def clip_singular_values(
     check_number(max_value, "max_value=", hint="pass jnp.inf to switch clipping off")
     check_nonfinite(nonfinite)
     check_sharded(axis_name, sharded)
-    matrix_axes = _axes_of(axis)
+    axes_of = scopes.leaf.axes if axis is None else scopes.unit(axis).axes
 
     def init(params: optax.Params) -> ClipState:
         return init_state_by_leaf(params, axis_name, sharded, detail=detail)
@@ -127,7 +125,7 @@ def clip_singular_values(
             leaves, structure = jax.tree.flatten(updates)
             found: list[_Limited | None] = []
             for member, x in zip(layout.members, select_leaves(layout, updates), strict=True):
-                axes = _checked(matrix_axes(member.path, jnp.shape(x)), member)
+                axes = _axes(axes_of, member, jnp.shape(x))
                 if axes is None:
                     found.append(None)
                     continue
@@ -139,14 +137,13 @@ def clip_singular_values(
             updates = jax.tree.unflatten(structure, leaves)
             if nonfinite == "zero":
                 updates = limit.zeroed_unless(finite, updates)
-        before, after, factor, share = _readings(layout, found)
+        before, after, factor, share = _readings(layout, found, threshold)
         # Of a leaf that is not finite its largest entry tells that.
         largest = peaks.blocks[0].clamped()
         before = jnp.where(jnp.isfinite(largest), before, largest)
-        after = jnp.where(finite, after, before)
-        factor = jnp.where(finite, factor, 0 if nonfinite == "zero" else 1)
-        if nonfinite == "zero":
-            after = jnp.where(finite, after, 0)
+        zeroed = nonfinite == "zero"
+        after = jnp.where(finite, after, 0 if zeroed else before)
+        factor = jnp.where(finite, factor, 0 if zeroed else 1)
         outcome = Outcome(
             finite=finite,
             norm=jnp.max(before, initial=0),
@@ -161,24 +158,16 @@ def clip_singular_values(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _axes_of(axis: UnitAxes) -> AxesOf:
-    """The answer for every leaf."""
-    if axis is None:
-        return lambda path, shape: tuple(range(len(shape)))
-    return scopes.unit(axis).axes
-
-
-def _checked(axes: Any, member: GroupedLeaf) -> tuple[int, ...] | None:
-    """The axes of one leaf, counted from 0; their order says which are columns."""
+def _axes(of: AxesOf, member: GroupedLeaf, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The axes of a leaf that a matrix spans; their order says which are columns."""
+    axes = of(member.path, shape)
     if axes is None:
         return None
-    given = (axes,) if isinstance(axes, int | np.integer) else tuple(axes)
-    rank = len(member.kept)
-    found = tuple(int(axis) % rank for axis in given if -rank <= axis < rank)
-    if len(set(found)) < len(given):
+    found = checked_axes(axes, member.path, shape)
+    if len(set(found)) < len(found):
         raise ValueError(
-            f"axis={axes!r} of {member.path!r}, which has {rank} axes: name axes that it has, each "
-            "once; a function from path and shape may answer None to leave a leaf alone"
+            f"axis {axes!r} of {member.path!r}, which has {len(shape)} axes: name each once, or "
+            "none; a function from path and shape may answer None to leave a leaf alone"
         )
     return found
 
@@ -186,7 +175,7 @@ def _checked(axes: Any, member: GroupedLeaf) -> tuple[int, ...] | None:
 def _limited(
     member: GroupedLeaf, axes: tuple[int, ...], x: jax.Array, threshold: jax.Array
 ) -> _Limited:
-    whole = devices.whole(member.path, pieces.replicated(x), member.sharding, axes)
+    whole = pieces.whole(member, x, axes)
     dtype = _numerics.accumulator(x.dtype)
     # A scale for each matrix of a stack.
     half = jnp.full([], room_for_moduli([x]), dtype)
@@ -194,17 +183,16 @@ def _limited(
     peaks = norms.peak_scale(jnp.max(sizes, axis=axes, keepdims=True, initial=0), half)
     scales = _numerics.power_of_two(peaks)
     matrices = _matrices.as_matrices(_numerics.scaled(_numerics.widened(whole), scales), axes)
-    lying = matrices.shape[-2] < matrices.shape[-1]
-    if lying:
-        matrices = matrices.mT
+    upright = _matrices.upright(matrices)
     own = _matrices.multiplied_in(x.dtype)
-    square = _matrices.gram(matrices, own)
+    square = _matrices.gram(upright, own)
     singular_value = _numerics.square_root(_matrices.largest(square, own))
     scale = jnp.reshape(scales, singular_value.shape)
     bound = threshold.astype(dtype)
     scaled = bound * scale
-    unit = _matrices.limited(matrices, square, singular_value, scaled)
-    unit = _matrices.from_matrices(unit.mT if lying else unit, axes, jnp.shape(whole))
+    unit = _matrices.limited(upright, square, singular_value, scaled)
+    unit = unit if upright is matrices else unit.mT
+    unit = _matrices.from_matrices(unit, axes, jnp.shape(whole))
     before = Magnitude(singular_value, scale).clamped()
     # What would change by less than the type holds stays as it is.
     idle = singular_value <= math.sqrt(jnp.finfo(dtype).eps) / 4 * scaled
@@ -214,20 +202,11 @@ def _limited(
     factors = jnp.where(idle, 1, scaled) / length
     kept = jnp.reshape(idle, scales.shape)
     limited = jnp.where(kept, _numerics.widened(whole), _numerics.scaled(unit, bound))
-    limited = devices.own_part(limited, member.sharding, axes, jnp.shape(x))
-    return _Limited(_as_lying(limited, x), before, after, factors)
-
-
-def _as_lying(limited: jax.Array, x: jax.Array) -> jax.Array:
-    """Under jit on a mesh with explicit axes: where the leaf was."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    if sharding is None or sharding.mesh.empty or AxisType.Explicit not in sharding.mesh.axis_types:
-        return limited
-    return jax.sharding.reshard(limited, sharding)
+    return _Limited(pieces.own_part(member, limited, axes, x), before, after, factors)
 
 
 def _readings(
-    layout: Layout, found: list[_Limited | None]
+    layout: Layout, found: list[_Limited | None], threshold: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """By leaf the largest singular value before and after; the smallest factor; the share clipped.
 
@@ -245,8 +224,9 @@ def _readings(
         return none, none, jnp.ones_like(zero), zero
     before, after = largest(lambda x: x.before), largest(lambda x: x.after)
     factors = jnp.stack([jnp.min(x.factors).astype(layout.dtype) for x in limited])
-    # At the threshold the factor is the root of a half.
-    above = [jnp.sum((x.factors < math.sqrt(0.5)).astype(layout.dtype)) for x in limited]
+    above = [
+        jnp.sum((x.before > threshold.astype(x.before.dtype)).astype(layout.dtype)) for x in limited
+    ]
     share = jnp.sum(jnp.stack(above)) / sum(x.factors.size for x in limited)
     if layout.axis_names:
         # The same on every device, which JAX does not know of what was gathered.
