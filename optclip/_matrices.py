@@ -5,6 +5,7 @@ take stacks of matrices, of shape (..., rows, columns), whose entries are at mos
 no square leaves the range.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -84,6 +85,8 @@ def gram(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return product(jnp.conj(x.mT), x, dtype)
 
 
+# Outside of jit a loop is compiled anew at each call, unless its function is the same one.
+@functools.partial(jax.jit, static_argnames="dtype", inline=True)
 def largest(square: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """The largest eigenvalue of x* x, which is never more than that.
 
@@ -108,6 +111,7 @@ def _of_length_1(x: jax.Array) -> jax.Array:
     return x / jnp.where(length > 0, length, 1).astype(x.dtype)
 
 
+@functools.partial(jax.jit, inline=True)
 def limited(
     x: jax.Array, square: jax.Array, singular_value: jax.Array, threshold: jax.Array
 ) -> jax.Array:
