@@ -9,28 +9,25 @@ from pathlib import Path
 from benchmarks.parsing import Parser
 from benchmarks.proving_ground.claims import Found
 from benchmarks.proving_ground.page import __doc__ as about
-from benchmarks.proving_ground.page import advice, results, rivals, variants
+from benchmarks.proving_ground.page import picture, results, rivals
 
 HERE = Path(__file__).parents[1]
-RESULTS, CANDIDATES = HERE / "results.json", HERE / "candidates.json"
+RESULTS = HERE / "results.json"
 DOCS = HERE.parents[1] / "docs"
-PAGES = (DOCS / "which_clip.md", DOCS / "proving_ground.md")
+PICTURE = DOCS / "images/proving_ground_summary.png"
+PAGES = (DOCS / "proving_ground.md",)
 
 
 def blocks() -> dict[str, Callable[[], str]]:
     """What can stand in a page, by name."""
     ours = json.loads(RESULTS.read_text(encoding="utf-8"))
-    tried = json.loads(CANDIDATES.read_text(encoding="utf-8"))
-    found, other = Found(ours["scores"]), Found(tried["scores"])
+    found = Found(ours["scores"])
     return {
         "source": lambda: results.source(ours),
-        "source of candidates": lambda: results.source(tried),
         "sums": lambda: results.sums(found),
-        "duties": lambda: results.duties(found),
+        "settings": lambda: results.settings(found),
         "claims": lambda: results.claims(found),
-        "winners": lambda: results.winners(found),
-        "symptoms": lambda: advice.symptoms(found),
-        "candidates": lambda: variants.candidates(other),
+        "waiting": lambda: results.waiting(found),
         "rivals": lambda: rivals.rivals(found),
     }
 
@@ -61,6 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if a page is old")
     options = parser.parse_args(arguments)
     made_of, old = blocks(), []
+    if not options.check:
+        picture.draw(PICTURE, Found(json.loads(RESULTS.read_text(encoding="utf-8"))["scores"]))
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         made = filled(text, made_of)

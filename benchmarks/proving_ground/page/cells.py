@@ -2,7 +2,7 @@
 
 import math
 
-from benchmarks.proving_ground.claims import NOT_RUN, Found, NotRun
+from benchmarks.proving_ground.claims import Found
 
 SAFEGUARD = "safeguard"
 WIDE = 30.0
@@ -32,20 +32,6 @@ def range_of(found: Found, task: str, setting: str, method: str) -> float | None
     return found.scores[task][setting][method].get("rates_range")
 
 
-def range_text(x: float | None) -> str:
-    """The same, as text."""
-    return "" if x is None else "none" if x == 0 else f"{x:.3g}" if x < 100 else f"{x:.0f}"
-
-
 def too_narrow(x: float) -> bool:
     """Whether a range is below what is asked of `safeguard`."""
     return x < WIDE
-
-
-def loss_text(found: Found, task: str, setting: str, method: str) -> str:
-    """A loss."""
-    try:
-        loss = found.of(task, setting, method)
-    except NotRun:
-        return NOT_RUN
-    return f"{loss:#.3g}" if math.isfinite(loss) else "diverged"

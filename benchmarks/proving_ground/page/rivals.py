@@ -14,17 +14,7 @@ OTHERS = (NO_CLIP, *RIVALS)
 def rivals(found: Found) -> str:
     """Each of them against `safeguard`, at the best and at the worst of its learning rates."""
     return table(
-        (
-            "",
-            "settings",
-            "loss at the best rate over `safeguard`'s",
-            "lower in",
-            "loss at the worst rate over `safeguard`'s",
-            "lower in",
-            "runs that diverge",
-            "sensitivity over `safeguard`'s",
-            "mean rank, best and worst rate",
-        ),
+        ("", "loss at the best rate", "loss at the worst rate", "diverged"),
         [_row(found, name) for name in (SAFEGUARD, *OTHERS) if _both(found, name)],
     )
 
@@ -45,31 +35,14 @@ def _row(found: Found, name: str) -> tuple[str, ...]:
         pairs = [[found.of(*x, y, what) for y in (name, SAFEGUARD)] for x in settings]
         return np.array([_over(*pair) for pair in pairs])
 
-    best, worst, sensitive = (ratios(what) for what in ("loss", "worst", "sensitivity"))
     diverged = np.mean([found.of(*x, name, "diverged") for x in settings])
+    shown = f"`{name}`" if name != NO_CLIP else name
     return (
-        f"`{name}`" if name != NO_CLIP else name,
-        str(len(settings)),
-        _mean(best),
-        f"{np.sum(best < 1)}",
-        _mean(worst),
-        f"{np.sum(worst < 1)}",
+        f"{shown} ({len(settings)})",
+        _mean(ratios("loss")),
+        _mean(ratios("worst")),
         f"{diverged:.0%}",
-        _mean(sensitive),
-        " and ".join(f"{_rank(found, settings, name, what):.2f}" for what in ("loss", "worst")),
     )
-
-
-def _rank(found: Found, settings: list[tuple[str, str]], name: str, what: str) -> float:
-    """Among all of them that were run under a setting, the lowest loss first."""
-    ranks = []
-    for task, setting in settings:
-        run = [x for x in (SAFEGUARD, *OTHERS) if (task, setting) in _both(found, x)]
-        values = {x: found.of(task, setting, x, what) for x in run}
-        before = sum(x < values[name] for x in values.values())
-        alike = sum(x == values[name] for x in values.values())
-        ranks.append(before + (alike + 1) / 2)
-    return float(np.mean(ranks))
 
 
 def _over(ours: float, theirs: float) -> float:
