@@ -1,77 +1,61 @@
 """The picture of `benchmarks.suggested_thresholds`: a panel for each task."""
 
-import math
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter
+from matplotlib.ticker import MaxNLocator
 
-COLORS = ("#0072B2", "#009E73", "#E69F00", "#D55E00")
-"""From Okabe and Ito's palette; one for each learning rate, from the smallest on."""
-APART = 3.0
-"""Beyond the largest threshold, as a factor: no clip, and rules that learn their threshold."""
+MARKS = (
+    ("loss_without_clip", "no clip", "o", "#D55E00", 9, -0.22),
+    ("loss", "the suggestion", "*", "#0072B2", 15, 0.0),
+    ("loss_of_best", "best of the sweep", "D", "#7f7f7f", 7, 0.22),
+)
+"""Key of a row, what the legend calls it, marker, color (Okabe and Ito's), size, and place beside
+the learning rate."""
 
-Curves = dict[float, dict[float, float]]
 
-
-def draw(path: Path, title: str, curves: dict[str, Curves], rows: list[dict[str, Any]]) -> None:
-    """Draws the held-out loss over the threshold, and where the answers are.
+def draw(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
+    """Draws the held-out loss of no clip, of the suggestion and of the best of the sweep.
 
     Args:
         path: Where the PNG goes.
         title: What there is to see.
-        curves: For each task, from learning rate to a mapping from threshold (infinity: no clip) to
-            loss.
-        rows: The answers.
+        rows: The answers, as `benchmarks.suggested_thresholds.answers` gives them.
     """
-    lines = math.ceil(len(curves) / 2)
-    figure = Figure(figsize=(9, 3.0 * lines + 1.0), dpi=120, layout="constrained")
-    panels = figure.subplots(lines, min(2, len(curves)), squeeze=False).ravel()
-    for axes, (name, curve) in zip(panels, curves.items(), strict=False):
-        _panel(axes, name, curve, [row for row in rows if row["task"] == name])
-    for axes in panels[-2:]:
-        axes.set_xlabel("threshold of clip_by_global_norm (log axis)")
-    named = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
-    named["the answer"] = named.pop("the answer")  # last
-    place: dict[str, Any] = {"loc": "outside lower center", "ncols": 5, "frameon": False}
-    figure.legend(list(named.values()), list(named), fontsize=9, **place)
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    size = (6, 2.2 * len(tasks) + 1.5)
+    figure = Figure(figsize=size, dpi=150, layout="constrained", facecolor="white")
+    panels = figure.subplots(len(tasks), 1, squeeze=False).ravel()
+    for axes, name in zip(panels, tasks, strict=True):
+        _panel(axes, name, [row for row in rows if row["task"] == name])
+    panels[-1].set_xlabel("learning rate", size=13)
+    handles, names = panels[0].get_legend_handles_labels()
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": 3, "frameon": False}
+    figure.legend(handles, names, fontsize=13, columnspacing=1, handletextpad=0.2, **place)
     figure.suptitle(title, x=0.012, ha="left", size=13, weight="bold")
     figure.savefig(path)
 
 
-def _panel(axes: Axes, name: str, curves: Curves, rows: list[dict[str, Any]]) -> None:
-    finite = sorted(x for x in next(iter(curves.values())) if math.isfinite(x))
-    known = [x for curve in curves.values() for x in curve.values() if math.isfinite(x)]
-    top = min(max(known), min(known) + 1.2 * (float(np.median(known)) - min(known)) + 0.3)
-    none, learned = finite[-1] * APART, finite[-1] * APART**2
-    for color, (rate, curve) in zip(COLORS, sorted(curves.items()), strict=False):
-        held = [min(curve[x], top) for x in finite]
-        axes.plot(finite, held, color=color, lw=1.6, label=f"learning rate {rate:g}")
-        axes.plot(none, min(curve[math.inf], top), "o", color=color, ms=5)
-        for row in (row for row in rows if row["learning_rate"] == rate):
-            first = row is rows[0]
-            size = _threshold(row["answer"], none, learned)
-            style: dict[str, Any] = {"color": color, "mec": "black", "ms": 12}
-            label = "the answer" if first else None
-            axes.plot(size, min(row["loss"], top), "*", label=label, **style)
-    axes.set_xscale("log")
-    axes.set_ylim(top=top + 0.04 * (top - min(known)))
-    axes.set_ylabel("held-out loss (nats)")
-    axes.set_title(f"{name} (above {top:.2f}: at the top)", loc="left", size=10)
+def _panel(axes: Axes, name: str, rows: list[dict[str, Any]]) -> None:
+    """One task; losses far above the others, and runs that diverged, are at the top."""
+    rates = sorted({row["learning_rate"] for row in rows})
+    # Of a JSON file infinity is None.
+    losses = {key: [np.inf if x[key] is None else x[key] for x in rows] for key, *_ in MARKS}
+    good = max(x for key in ("loss", "loss_of_best") for x in losses[key] if np.isfinite(x))
+    low = min(losses["loss_of_best"])
+    top = good + 0.6 * (good - low) + 0.05
+    for key, label, marker, color, size, aside in MARKS:
+        places = [rates.index(row["learning_rate"]) + aside for row in rows]
+        held = np.minimum(losses[key], top)
+        style: dict[str, Any] = {"color": color, "mec": "white", "mew": 0.8, "ms": size}
+        axes.plot(places, held, marker, ls="none", label=label, clip_on=False, **style)
+    axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+    axes.set_ylim(low - 0.08 * (top - low), top)
+    axes.yaxis.set_major_locator(MaxNLocator(3))
+    axes.tick_params(labelsize=12)
+    axes.set_ylabel("held-out loss", size=12)
+    axes.set_title(f"{name} (top: {top:.2f} or more)", loc="left", size=13, pad=10)
     axes.spines[["top", "right"]].set_visible(False)
-    ticks = {0.01: "0.01", 0.1: "0.1", 1.0: "1", 10.0: "10", none: "no\nclip", learned: "a\nrule"}
-    axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: ticks[x]))
-    axes.xaxis.set_minor_locator(FixedLocator([]))
-
-
-def _threshold(code: str, none: float, learned: float) -> float:
-    """Where an answer stands."""
-    found = re.fullmatch(r"optclip\.clip_by_global_norm\((.+)\)", code)
-    if found:
-        return float(found[1])
-    return none if "measure_norms" in code else learned

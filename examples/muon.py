@@ -303,8 +303,8 @@ def print_table(parts: dict[str, Row]) -> None:
 def verdict(parts: dict[str, Row], clip: str) -> str:
     """Whether a clip brought a gradient near an eps, in one sentence.
 
-    docs/muon.md has the measurement: AdamW's step is 13% too short where the root mean square of a
-    leaf is 16 times its eps, Muon's 2% where the norm of a matrix is a tenth of it.
+    docs/optimizers.md has the measurement: AdamW's step is 13% too short where the root mean square
+    of a leaf is 16 times its eps, Muon's 2% where the norm of a matrix is a tenth of it.
     """
     near = {"muon": 0.1, "adamw": 16.0}
     short = [part for part, row in parts.items() if row["least"] < near[part] * EPS]

@@ -13,7 +13,7 @@ from IPython.display import Markdown
 
 DYNAMICS = Path(__file__).parents[1] / "data/dynamics.json"
 
-_COLUMNS = (
+_ROWS = (
     ("clipped at noise 0.1", "clipped", "sigma 0.1", "share"),
     ("at noise 0.5", "clipped", "sigma 0.5", "share"),
     ("1st spike leaves as", "spikes", "first", "norm"),
@@ -28,17 +28,15 @@ _COLUMNS = (
 
 
 def dynamics_table(*names: str) -> Markdown:
-    """The rows of the dynamics benchmark whose rule begins with one of the names."""
-    recorded = json.loads(DYNAMICS.read_text(encoding="utf-8"))
-    rows = ["| rule | " + " | ".join(title for title, *_ in _COLUMNS) + " |"]
-    rows.append("|---" * (len(_COLUMNS) + 1) + "|")
-    found = [rule for rule in recorded["rules"] if any(_fits(rule, name) for name in names)]
+    """A column for each rule of the dynamics benchmark that begins with one of the names."""
+    recorded = json.loads(DYNAMICS.read_text(encoding="utf-8"))["rules"]
+    found = {rule: of for rule, of in recorded.items() if any(_fits(rule, name) for name in names)}
     if not found:
         return Markdown("Not run yet: `python -m benchmarks.dynamics`.")
-    for rule in found:
-        of = recorded["rules"][rule]
-        cells = [_shown(of[group][key], kind) for _, group, key, kind in _COLUMNS]
-        rows.append(f"| {rule} | " + " | ".join(cells) + " |")
+    rows = ["| | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
+    for title, group, key, kind in _ROWS:
+        cells = (_shown(of[group][key], kind) for of in found.values())
+        rows.append(f"| {title} | " + " | ".join(cells) + " |")
     return Markdown("\n".join(rows))
 
 
@@ -83,11 +81,12 @@ def draw(clip: Any, title: str = "") -> None:
     norms = stream()
     read = run(clip, norms)
     threshold = np.where(np.isfinite(read["threshold"]), read["threshold"], math.nan)
-    _, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
+    plt.rcParams.update({"font.size": 12, "savefig.facecolor": "white"})
+    _, axes = plt.subplots(figsize=(6, 3), layout="constrained")
     axes.plot(norms, color="#9aa5b1", lw=0.9, label="norm before")
     axes.plot(read["clipped_norm"], color="#1f6fb2", lw=0.9, label="norm after")
     axes.plot(threshold, color="#c4501b", lw=1.6, label="threshold")
-    axes.set(yscale="log", xlabel="step", ylabel="norm", title=title, ylim=(0.1, 150))
-    axes.legend(ncols=3, frameon=False, loc="upper left", fontsize="small")
+    axes.set(yscale="log", xlabel="step", ylabel="norm", title=title, ylim=(0.1, 400))
+    axes.legend(ncols=3, frameon=False, loc="upper left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     plt.show()
