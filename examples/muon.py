@@ -6,7 +6,7 @@
     python examples/muon.py
 
 Read `trained_by` and `make_clip` first: which leaves are Muon's, and what the clip is given. Norms
-are measured before the clip, behind it and behind the optimizer, so that the table at the end shows
+are measured before the clip, after it and after the optimizer, so that the table at the end shows
 where a clip brings a gradient near the eps of Muon or AdamW.
 """
 
@@ -138,7 +138,7 @@ def make_muon(rate: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(options: Options) -> optax.GradientTransformation:
-    """The clip and Muon, with norms of both parts before and behind, and of leaves in between."""
+    """The clip and Muon, with norms of both parts before and after, and of leaves in between."""
     parts = optclip.measure_norms(scope=scopes.group(trained_by, list(PARTS)), detail=True)
     leaves = optclip.measure_norms(scope=scopes.leaf, detail=True)
     held = optax.chain(leaves, make_muon(options.lr))
@@ -286,7 +286,7 @@ def part_of(rows: list[Row], sizes: dict[str, int], part: str) -> Row:
 def print_table(parts: dict[str, Row]) -> None:
     """One row for Muon's leaves and one for AdamW's."""
     table = Table(
-        caption=f"medians of the last {LAST} steps; in eps: of the smallest leaf behind the clip, "
+        caption=f"medians of the last {LAST} steps; in eps: of the smallest leaf after the clip, "
         f"Muon's by its norm, AdamW's by the root mean square of its entries, over {EPS:g}",
         caption_justify="left",
     )

@@ -209,7 +209,7 @@ class RunFolder:
             state: A fresh state.
 
         Returns:
-            The state to go on from, and the row of each checkpoint behind it.
+            The state to go on from, and the row of each earlier checkpoint.
 
         Raises:
             UsageError: If the checkpoint or the log does not fit.

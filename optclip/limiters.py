@@ -110,7 +110,7 @@ class Factor(NamedTuple):
 
     Attributes:
         coarse: The factor, rounded, or a part of it where that is very small.
-        fine: The rest, which mends the rounding too.
+        fine: The rest, which also corrects the rounding.
     """
 
     coarse: jax.Array
@@ -157,7 +157,7 @@ def factor_of(limiter: Limiter, magnitude: Magnitude, threshold: jax.Array) -> F
 def _rescale_in_two(magnitude: Magnitude, threshold: jax.Array) -> Factor:
     """The quotient, or a small one instead; and the threshold over what that leaves.
 
-    The second mends the rounding of the first: a gradient of one entry is cut to the threshold
+    The second corrects the rounding of the first: a gradient of one entry is cut to the threshold
     itself.
     """
     norm = magnitude.clamped()

@@ -19,6 +19,10 @@ FEW_POINTS = 30
 MOST_POINTS = 6000
 """Of a line; of longer ones the smallest and the largest value of every stretch are drawn."""
 
+LEGEND_COLUMNS = 3
+WIDTH = 6
+"""Of a picture, in inches: narrow, so that its text can be read where it is shown small."""
+
 LEGEND: Any = {"frameon": False, "fontsize": 9, "borderaxespad": 0, "columnspacing": 1.5}
 
 
@@ -28,16 +32,17 @@ def new_figure(height: float) -> "Figure":
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError('pictures need matplotlib: pip install "optclip[tuning]"') from None
-    return Figure(figsize=(8, height), dpi=120, layout="constrained")
+    return Figure(figsize=(WIDTH, height), dpi=160, layout="constrained")
 
 
 def head(figure: "Figure", title: str, note: str, handles: Sequence[Any] = ()) -> None:
     """Adds title, note and what a legend is to name above the panels, at the figure's left edge."""
-    title = textwrap.fill(title, 74)
-    note = textwrap.fill(textwrap.shorten(note, 220, placeholder=" ..."), 118)
+    title = textwrap.fill(title, 54)
+    note = textwrap.fill(textwrap.shorten(note, 220, placeholder=" ..."), 86)
     note_at = 0.12 + 0.22 * len(title.splitlines())  # inches from the top
     legend_at = note_at + (0.06 + 0.16 * len(note.splitlines()) if note else 0)
-    room = legend_at + (0.25 if handles else 0)
+    rows = -(-len(handles) // LEGEND_COLUMNS)
+    room = legend_at + (0.07 + 0.18 * rows if handles else 0)
     height = figure.get_figheight() + room
     figure.set_figheight(height)
     engine: Any = figure.get_layout_engine()
@@ -48,7 +53,7 @@ def head(figure: "Figure", title: str, note: str, handles: Sequence[Any] = ()) -
     figure.text(y=1 - note_at / height, s=note, size=8.5, color="0.3", **text)
     if handles:
         place: Any = {"loc": "upper left", "bbox_to_anchor": (0.012, 1 - legend_at / height)}
-        figure.legend(handles=handles, ncols=5, borderpad=0, **place, **LEGEND)
+        figure.legend(handles=handles, ncols=LEGEND_COLUMNS, borderpad=0, **place, **LEGEND)
 
 
 def line(axes: "Axes", steps: np.ndarray, values: np.ndarray, **look: Any) -> None:

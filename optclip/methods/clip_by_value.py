@@ -29,7 +29,7 @@ def clip_by_value(
     nonfinite: Nonfinite = "propagate",
     detail: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clamps every entry to [-max_delta, max_delta]: value truncation, which turns the gradient.
+    r"""Clamps every entry to [-max_delta, max_delta]: truncation, which changes the direction.
 
     .. math:: u_i \leftarrow \max(-\delta, \min(u_i, \delta))
 

@@ -28,7 +28,7 @@ def autoclip(
     .. math:: u \leftarrow u \, \min(1, c / \|u\|), \quad
         c = \mathrm{percentile}_p(\|u_1\|, \dots, \|u_t\|)
 
-    This step's norm is counted before it is clipped, as it came. The paper keeps every norm of the
+    This step's norm is counted before it is clipped. The paper keeps every norm of the
     run; here the last `window` are kept, so that memory does not grow and the threshold follows a
     drift, late.
 
@@ -41,7 +41,7 @@ def autoclip(
         percentile: p, in [0, 100]; the paper recommends 10, which clips nine steps in ten. With
             plain SGD that is a smaller learning rate too.
         window: How many norms to look at; a plain number. The paper's is unbounded.
-        learn_from: "raw", the paper's: the norm as it came.
+        learn_from: "raw", the paper's: the norm before clipping.
         axis_name: See `clip_by`.
         sharded: See `clip_by`.
         nonfinite: See `clip_by`.

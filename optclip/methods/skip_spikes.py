@@ -167,7 +167,7 @@ def skip_spikes(
                 magnitude = measure.measure(layout, norms.l2, updates)
             else:
                 magnitude = norms.plain(norm_given(grad_norm, layout.dtype))
-                # The gradient goes on as it came, so that the clip in front may use it as well.
+                # The gradient goes on unchanged, so that the clip in front may use it as well.
                 extra_args["grad_norm"] = grad_norm
         dtype = state.norm.dtype
         norm = _numerics.narrowed(magnitude.clamped(), dtype)

@@ -25,7 +25,7 @@ examples:
   pytest --pyargs optclip.testing --clip my_module:clip     the same, a test for each contract
 
 A clip is an optax.GradientTransformation, or a function that makes one. The exit code is 0 where
-nothing was found, 1 where something was, 2 where something typed has to be mended.
+nothing was found, 1 where something was, 2 where something typed is wrong.
 """
 
 

@@ -12,7 +12,7 @@ from optclip._checks import at, check_choice, check_decay, check_number, number_
 from optclip.thresholds.rules import Rule, Step
 
 LearnFrom = Literal["raw", "clipped"]
-"""What a rule learns from: the norm as it came, or as it left."""
+"""What a rule learns from: the norm before clipping, or after it."""
 
 
 def feed(learn_from: LearnFrom, norms: jax.Array, clipped_norms: jax.Array) -> jax.Array:

@@ -28,7 +28,7 @@ class Spread(NamedTuple):
 
 
 LearnFromOutliers = Literal["raw", "clipped", "winsorized"]
-"""The norm as it came, as it left, or held to the bound of the ordinary ones."""
+"""The norm before clipping, after it, or limited to the range of ordinary ones."""
 
 
 def _check_learn_from(learn_from: LearnFromOutliers) -> None:

@@ -96,7 +96,7 @@ def quantile_over_window(
     Args:
         percentile: Which percentile, in [0, 100], interpolated linearly.
         window: How many norms to look at; a plain number.
-        learn_from: See `LearnFrom`. This step's norm is counted as it came.
+        learn_from: See `LearnFrom`. This step's norm is counted before clipping.
 
     Returns:
         A `Rule` that remembers `window` numbers per group.

@@ -30,6 +30,7 @@ def script(path):
 
 readme_tables = script(DOCS / "readme_tables.py")
 listing = script(DOCS / "_support/listing.py")
+pages_code = script(ROOT / "tests/docs/test_pages_code.py")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OUTPUT = ("_build", "jupyter_execute", ".jupyter_cache")
 PAGES = {
@@ -39,8 +40,8 @@ PAGES = {
 }
 each_page = pytest.mark.parametrize("page", PAGES)
 
-RUN_BY_A_TEST = {"logging": "test_logging_recipes", "sharding": "test_sharding_page"}
-"""Pages with blocks of Python that are no cells, and the test that runs them."""
+RUN_BY_A_TEST = {"logging": "test_logging_recipes"}
+"""Pages with blocks of Python that are no cells, and their test; `pages_code` runs more."""
 
 _FENCE = re.compile(r"^( *)(`{3,}|:{3,})([^\n]*)\n(.*?)^\1\2 *$", re.MULTILINE | re.DOTALL)
 _DIRECTIVE = re.compile(r"^\.\. auto(?:function|class|data):: (\S+)$", re.MULTILINE)
@@ -118,13 +119,16 @@ def test_a_page_has_something_to_run(page):
     with_cells = [p for p in PAGES if p.partition("/")[0] == page.partition("/")[0] and cells(p)]
     # An index of pages with cells needs none of its own.
     index = page.endswith("/index") and len(with_cells) > 1
-    assert cells(page) or shells or index or page in RUN_BY_A_TEST
+    tested = page in RUN_BY_A_TEST or page in pages_code.PAGES
+    assert cells(page) or shells or index or tested
 
 
 @each_page
 def test_python_is_a_cell_or_run_by_a_test(page):
     loose = [content for info, content in blocks(PAGES[page]) if re.match(r"py|python", info)]
-    if page in RUN_BY_A_TEST:
+    if page in pages_code.PAGES:
+        assert len(loose) == len(pages_code.blocks(page)) > 0, "one is indented, or has options"
+    elif page in RUN_BY_A_TEST:
         assert f"docs/{page}.md" in (ROOT / f"tests/docs/{RUN_BY_A_TEST[page]}.py").read_text()
     else:
         assert not loose

@@ -203,7 +203,7 @@ def test_skipped_steps():
     figure = plot_run({f"skip/{name}": column for name, column in columns.items()})
     usual = max(np.median(norms[50:100]), np.median(norms[101:151]))
     title = f"1 spike, {80 / usual:.0f} times the usual norm, skipped; 2 steps skipped"
-    assert figure.get_suptitle() == title
+    assert figure.get_suptitle().replace("\n", " ") == title
     assert drawn(figure.axes[0], "skipped")[:, 0].tolist() == [101, 151]
     assert drawn(figure.axes[1], "skipped since the start")[-1, 1] == pytest.approx(0.01)
 
