@@ -25,7 +25,7 @@ WIDTHS, THEMES = (1280, 390), ("light", "dark")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 GENERATED = ("genindex", "search", "py-modindex")
 
-# What scrolls by itself may be wider inside; what is hidden or shown only on demand has no width.
+# What scrolls by itself may be wider inside. Of elements in each other the innermost is named.
 _TOO_WIDE = """
 const width = document.documentElement.clientWidth;
 const scrolls = (e) => {
@@ -36,14 +36,12 @@ const scrolls = (e) => {
   }
   return false;
 };
-const found = [];
-for (const e of document.querySelectorAll('main *')) {
-  const box = e.getBoundingClientRect();
-  if (box.width && box.right > width + 1 && !scrolls(e)) {
-    found.push(`${e.tagName.toLowerCase()} (${Math.round(box.right)} px): ` +
-               (e.getAttribute('src') || e.textContent.trim().slice(0, 40)));
-  }
-}
+const right = (e) => e.getBoundingClientRect().width ? e.getBoundingClientRect().right : 0;
+const wide = [...document.querySelectorAll('main *')].filter(
+  (e) => right(e) > width + 1 && !scrolls(e));
+const causes = wide.filter((e) => !wide.some((other) => other !== e && e.contains(other)));
+const found = causes.map((e) => `${e.tagName.toLowerCase()} (${Math.round(right(e))} px): ` +
+  (e.getAttribute('src') || e.textContent.trim().slice(0, 40)));
 const whole = document.documentElement.scrollWidth;
 if (whole > width + 1) found.push(`the whole page (${whole} px)`);
 return found;
