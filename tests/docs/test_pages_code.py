@@ -14,6 +14,7 @@ DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 PAGES = [
     "coming_from",
+    "glossary",
     "idea",
     "methods/fixed",
     "methods/relative",
@@ -23,6 +24,8 @@ PAGES = [
     "reinforcement",
     "resuming",
     "sharding",
+    "sharp_edges",
+    "which_clip",
 ]
 """They may use the eight CPU devices of the tests, and write files where they are run."""
 
