@@ -5,10 +5,12 @@ python docs/readme_tables.py --check    exit with 1 if README.md says anything e
 """
 
 import argparse
+import inspect
 import re
 import sys
 from pathlib import Path
 
+import optclip
 from optclip import catalogue
 
 README = Path(__file__).parents[1] / "README.md"
@@ -44,8 +46,10 @@ def _table(family: str) -> str:
         if method.family == family:
             cited = [f"[{paper.authors} {paper.year}]({paper.url})" for paper in method.papers]
             like = "; ".join(filter(None, [method.like, *cited]))
-            page = f"docs/methods/{family}.md"
-            rows.append((f"[`{_call(method)}`]({page})", method.summary.rstrip("."), like))
+            file = Path(inspect.getfile(getattr(optclip, method.name))).relative_to(README.parent)
+            rows.append(
+                (f"[`{_call(method)}`]({file.as_posix()})", method.summary.rstrip("."), like)
+            )
     lines = ("| " + " | ".join(cells) + " |" for cells in rows)
     return "\n".join(line.replace("|  |", "| |").replace(" --- ", "---") for line in lines) + "\n"
 

@@ -23,6 +23,8 @@ from tqdm import tqdm
 SITE = Path(__file__).parent / "_build"
 WIDTHS, THEMES = (1280, 390), ("light", "dark")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+TALLEST = 16_000
+"""The most pixels of a picture; the rest of a page is cut off."""
 GENERATED = ("genindex", "search", "py-modindex")
 
 # What scrolls by itself may be wider inside. Of elements in each other the innermost is named.
@@ -108,23 +110,25 @@ def opened(driver: Any, site: Path, shot: Shot) -> list[str]:
         site: The folder of the built site.
         shot: What to open, and how.
     """
-    size = {"width": shot.width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    _resize(driver, shot.width, 900)
     scheme = [{"name": "prefers-color-scheme", "value": shot.theme}]
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
     driver.get((site / f"{shot.page}.html").absolute().as_uri())
     return driver.execute_script(_TOO_WIDE)
 
 
-def save(driver: Any, path: Path) -> None:
+def save(driver: Any, path: Path, width: int) -> None:
     """Writes a picture of the whole page that is open."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    size = driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
-    area = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 16_000)}
-    taken = driver.execute_cdp_cmd(
-        "Page.captureScreenshot", {"captureBeyondViewport": True, "clip": area | {"scale": 1}}
-    )
+    height = driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]["height"]
+    _resize(driver, width, min(height, TALLEST))
+    taken = driver.execute_cdp_cmd("Page.captureScreenshot", {})
     path.write_bytes(base64.b64decode(taken["data"]))
+
+
+def _resize(driver: Any, width: int, height: int) -> None:
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -169,7 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
                 wide += 1
                 tqdm.write(f"{shot.page} at {shot.width} px: too wide: {element}", file=sys.stderr)
             if not options.check:
-                save(driver, out / shot.page.replace("/", "__") / f"{shot.width}_{shot.theme}.png")
+                name = f"{shot.width}_{shot.theme}.png"
+                save(driver, out / shot.page.replace("/", "__") / name, shot.width)
     if options.check:
         print(f"{len(shots)} pages opened, {wide} elements too wide")
     else:

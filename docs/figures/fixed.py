@@ -23,7 +23,7 @@ def left(name: str, norms: np.ndarray) -> np.ndarray:
     return np.asarray(jax.jit(one)(jnp.asarray(norms, jnp.float32)))
 
 
-def draw(path: Path) -> None:
+def main() -> None:
     """Writes the picture."""
     norms = np.linspace(0, 4, 81)
     with plt.rc_context({"font.size": 12, "savefig.facecolor": "white"}):
@@ -34,10 +34,10 @@ def draw(path: Path) -> None:
         axes.set(xlabel="norm before", ylabel="norm after", ylim=(0, 1.9))
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=11, loc="upper right")
-        figure.savefig(path, dpi=150)
+        figure.savefig(PICTURE, dpi=150)
         plt.close(figure)
+    print(f"{PICTURE} written")
 
 
 if __name__ == "__main__":
-    draw(PICTURE)
-    print(f"{PICTURE} written")
+    main()

@@ -66,11 +66,11 @@ def reason(
         return f"It has {counted(count, 'norm')} to go by; a hundred or more are enough."
     if verdict == "spikes":
         worst = f"{number(backtest.worst_before)} times the usual"
-        wild = f"The norms vary as if there were spikes, up to {worst} ones around them"
+        wild = f"No step stands out as a spike, but the norms vary up to {worst} ones around them"
         what = f"{counted(spikes, 'spike')}, the worst {worst} norm" if spikes else wild
         return (
             f"{what}: safeguard cuts them to about the usual norm by a threshold that it learns, "
-            "and keeps each step small beside the parameters that it moves."
+            "and limits each step relative to the parameters."
         )
     if verdict == "level moves":
         return _moving(course, backtest)

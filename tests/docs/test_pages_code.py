@@ -16,6 +16,7 @@ PAGES = [
     "coming_from",
     "glossary",
     "idea",
+    "loss_spiked",
     "methods/fixed",
     "methods/relative",
     "methods/wrappers",

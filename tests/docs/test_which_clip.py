@@ -74,16 +74,16 @@ def test_the_figures_are_those_of_the_results():
     near = sum(ours <= 1.02 * fixed for ours, fixed in losses)
     assert f"in {near} of {len(SETTINGS)} settings" in prose
     assert all(of["safeguard"]["diverged"] == 0 for *_, of in SETTINGS)
-    assert f"up to {max(of['no clip']['diverged'] for *_, of in SETTINGS):.0%} of a" in prose
+    assert f"up to {max(of['no clip']['diverged'] for *_, of in SETTINGS):.0%} of the" in prose
     spiked = [(task, of) for task, name, of in SETTINGS if name in ("spikes", "bursts")]
     assert all(task.startswith("transformer") for task, _ in spiked)
     cost = max(of["safeguard"]["cost"] for _, of in spiked) - 1
-    assert f"at most {100 * cost:.2f}%, in the transformers" in prose
+    assert f"at most {100 * cost:.2f}% over the clean run" in prose
     over = {
         f"{task}: {name}": ours / fixed - 1
         for (task, name, _), (ours, fixed) in zip(SETTINGS, losses, strict=True)
     }
-    assert f"its loss is {over['deep network, batch 1024: clean']:.0%} above" in prose
+    assert f"its loss ends {over['deep network, batch 1024: clean']:.0%} above" in prose
     lion = {f"{over[f'transformer, Lion: {name}']:.0%}" for name in ("clean", "spikes")}
     assert len(lion) == 1
-    assert f"Under Lion it is {lion.pop()} above" in prose
+    assert f"Under Lion it ends {lion.pop()} above" in prose

@@ -125,7 +125,7 @@ def test_a_wild_start_has_spikes_though_its_own_neighbors_cannot_tell():
     norms[30] = 8.0
     wild = suggest_threshold(norms)
     assert (wild.verdict, wild.spikes) == ("spikes", 0)
-    assert wild.reason.startswith("The norms vary as if there were spikes, up to ")
+    assert wild.reason.startswith("No step stands out as a spike, but the norms vary up to ")
     assert suggest_threshold(noisy(1000, noise=1.0)).verdict == "quiet"
 
 
