@@ -4,15 +4,17 @@
 
 <!-- methods: FAMILY -->    a section for every method of the family that the page has none of
 <!-- summaries -->          the name and first line of every method, by family
+<!-- table -->              the same with the papers, in a table
 <!-- rules -->              every rule of optclip.thresholds that the page does not have
 """
 
 import inspect
 import re
+from collections.abc import Iterator
 
 from optclip import catalogue, thresholds
 
-_PLACE = re.compile(r"^<!-- (methods: \w+|summaries|rules) -->$", re.MULTILINE)
+_PLACE = re.compile(r"^<!-- (methods: \w+|summaries|table|rules) -->$", re.MULTILINE)
 
 _SECTION = """(method-{label})=
 ## {name}
@@ -44,6 +46,8 @@ def filled(page: str) -> str:
 def _listed(what: str, page: str) -> str:
     if what == "summaries":
         return _rst("\n".join(_summaries(family) for family in catalogue.FAMILIES))
+    if what == "table":
+        return "\n".join(["| method | what it does | papers |", "|---|---|---|", *_rows()])
     if what == "rules":
         names = [f"optclip.thresholds.{name}" for name in thresholds.__all__]
         rules = [name for name in names if inspect.isfunction(getattr(thresholds, name[19:]))]
@@ -57,6 +61,13 @@ def _section(method: catalogue.Method) -> str:
     measured = method.family == "learned" and not method.needs
     text = _SECTION + (_MEASURED if measured else "")
     return text.format(name=method.name, label=method.name.replace("_", "-"))
+
+
+def _rows() -> Iterator[str]:
+    for method in catalogue.methods():
+        papers = "; ".join(f"[{paper}]({paper.url})" for paper in method.papers)
+        summary = method.summary.replace("|", r"\|")
+        yield f"| {{func}}`{method.name} <optclip.{method.name}>` | {summary} | {papers} |"
 
 
 def _summaries(family: str) -> str:

@@ -14,9 +14,11 @@ DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 PAGES = [
     "coming_from",
+    "getting_started",
     "glossary",
     "idea",
     "loss_spiked",
+    "metrics",
     "methods/fixed",
     "methods/relative",
     "methods/wrappers",
