@@ -50,6 +50,7 @@ myst_heading_anchors = 3
 
 default_role = "py:obj"  # of docstrings: a name in backticks is a link where it is documented
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # `scope=scopes.tree`, and not what that is made of
 autodoc_typehints = "none"  # the docstrings say it in words
 napoleon_use_ivar = True
 

@@ -47,7 +47,7 @@ def _listed(what: str, page: str) -> str:
     if what == "summaries":
         return _rst("\n".join(_summaries(family) for family in catalogue.FAMILIES))
     if what == "table":
-        return "\n".join(["| method | what it does | papers |", "|---|---|---|", *_rows()])
+        return "\n".join(["| method | what it does |", "|---|---|", *_rows()])
     if what == "rules":
         names = [f"optclip.thresholds.{name}" for name in thresholds.__all__]
         rules = [name for name in names if inspect.isfunction(getattr(thresholds, name[19:]))]
@@ -67,7 +67,7 @@ def _rows() -> Iterator[str]:
     for method in catalogue.methods():
         papers = "; ".join(f"[{paper}]({paper.url})" for paper in method.papers)
         summary = method.summary.replace("|", r"\|")
-        yield f"| {{func}}`{method.name} <optclip.{method.name}>` | {summary} | {papers} |"
+        yield f"| {{func}}`{method.name} <optclip.{method.name}>` | {summary} {papers} |"
 
 
 def _summaries(family: str) -> str:

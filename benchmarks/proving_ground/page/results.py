@@ -37,15 +37,19 @@ def settings(found: Found) -> str:
         losses = {name: found.of(task, setting, name) for name in methods}
         best = min(losses, key=losses.__getitem__)
         ours = found.over(task, setting, SAFEGUARD, FIXED)
+        lowest = f"`{best}` {ratio_text(found.over(task, setting, best, FIXED))}"
         rows.append(
             (
-                f"{task}: {setting}",
-                f"`{best}` {ratio_text(found.over(task, setting, best, FIXED))}",
+                f"{task}: {setting} ({lowest})",
                 _marked(ratio_text(ours), not ours <= NEAR),
                 ratio_text(found.over(task, setting, NO_CLIP, FIXED)),
             )
         )
-    return table(("setting", "lowest", "`safeguard`", "no clip"), rows)
+    return table(("setting (lowest)", "safeguard", "no clip"), rows)
+
+
+def _share(most: float) -> str:
+    return f"At most {most:.0%}" if most else "None"
 
 
 def _marked(text: str, missed: bool) -> str:
@@ -61,8 +65,8 @@ def sums(found: Found) -> str:
     costs = [found.of(*x, SAFEGUARD, "cost") for x in pairs if x[1] in SPIKED]
     runs = [found.of(*x, SAFEGUARD, "diverged") for x in pairs]
     lines = (
-        f"- **Divergence.** At most {max(runs):.0%} of its runs under a setting diverged, counting "
-        "all seven learning rates. Without a clip it is up to "
+        f"- **Divergence.** {_share(max(runs))} of its runs under a setting diverged, counting all "
+        "seven learning rates. Without a clip it is up to "
         f"{max(found.of(*x, NO_CLIP, 'diverged') for x in pairs):.0%}.",
         f"- **Final loss.** In {sum(near)} of {len(near)} settings it is within 2% of the best "
         "fixed threshold, when both have their best learning rate.",
