@@ -45,6 +45,11 @@ def legend(axis):
     return [text.get_text() for text in axis.get_legend().get_texts()]
 
 
+def title_of(figure):
+    """On one line, however wide the figure is."""
+    return figure.get_suptitle().replace("\n", " ")
+
+
 def drawn(axis, label):
     """The points of the line with this label."""
     (line,) = (line for line in axis.lines if line.get_label() == label)
@@ -74,13 +79,13 @@ def test_an_ordinary_run(tmp_path):
     np.testing.assert_array_equal(clipped[:, 1], norms[norms > 1])
     assert set(drawn(figure.axes[1], "threshold")[:, 1]) == {1.0}
     # 20 of 40; the mean of the last two losses is 1.013.
-    assert figure.get_suptitle() == "50% of 40 steps clipped; loss 1.01 at the end"
+    assert title_of(figure) == "50% of 40 steps clipped; loss 1.01 at the end"
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_title_and_subtitle_can_be_given():
     figure = plot_run([1.0, 2.0], title="A title", subtitle="a setup")
-    assert figure.get_suptitle() == "A title"
+    assert title_of(figure) == "A title"
     assert "a setup" in [text.get_text() for text in figure.texts]
 
 
@@ -100,7 +105,7 @@ def test_a_run_that_diverges(tmp_path):
     rows = rows_of(norms, loss=loss, clip__nonfinite_steps=counted)
     rows = [{k: None if x != x else x for k, x in row.items()} for row in rows]
     figure = plot_run(written(tmp_path / "run.jsonl", rows), tmp_path / "run.png")
-    title = figure.get_suptitle().replace("\n", " ")
+    title = title_of(figure)
     # 0.5 * 1.1**8 is the first above 1: 52 of 60.
     assert title == (
         "No finite loss from step 60 of 80; 20 gradients not finite; 87% of 60 finite steps clipped"
@@ -115,13 +120,13 @@ def test_nan_norms_without_a_count():
     norms[70] = np.inf
     figure = plot_run(norms)
     assert list(drawn(figure.axes[0], "not finite")[:, 0]) == [41, 42, 71]
-    assert figure.get_suptitle().startswith("No finite norm at 3 steps; norm from ")
+    assert title_of(figure).startswith("No finite norm at 3 steps; norm from ")
 
 
 def test_a_loss_that_is_logged_now_and_then_is_no_broken_one():
     rows = [{"norm": 1.0} | ({"loss": 2.0} if at % 10 == 0 else {}) for at in range(100)]
     figure = plot_run(rows)
-    assert "finite" not in figure.get_suptitle()
+    assert "finite" not in title_of(figure)
     line = figure.axes[0].lines[0]
     np.testing.assert_array_equal(line.get_xdata(), range(1, 101, 10))
 
@@ -131,21 +136,21 @@ def test_a_truncated_last_line_is_said(tmp_path):
     figure = plot_run(log)
     _, note = (text.get_text() for text in figure.texts)
     assert note.replace("\n", " ").endswith("line 3 is cut short and was left out")
-    assert figure.get_suptitle() == "50% of 2 steps clipped"
+    assert title_of(figure) == "50% of 2 steps clipped"
 
 
 def test_one_step(tmp_path):
     figure = plot_run(rows_of([2.0], loss=[0.5]), tmp_path / "run.png")
-    assert figure.get_suptitle() == "100% of 1 step clipped; loss 0.5 at the end"
+    assert title_of(figure) == "100% of 1 step clipped; loss 0.5 at the end"
     figure = plot_run([2.0], tmp_path / "run.png")
-    assert figure.get_suptitle() == "Norm 2 at the one step"
+    assert title_of(figure) == "Norm 2 at the one step"
     assert drawn(figure.axes[0], "norm before clipping").tolist() == [[1.0, 2.0]]
 
 
 def test_norms_only():
     figure = plot_run(np.arange(1.0, 102.0))
     assert labels(figure) == ["gradient norm (log axis)"]
-    assert figure.get_suptitle() == "Norm from 6 to 96 in nine of ten steps"  # percentiles 5, 95
+    assert title_of(figure) == "Norm from 6 to 96 in nine of ten steps"  # percentiles 5, 95
 
 
 def test_without_norms_it_is_refused():
@@ -160,11 +165,11 @@ def test_without_norms_it_is_refused():
 def test_without_norms_the_loss_is_drawn():
     figure = plot_run([{"loss": 2.0, "spike": at == 5} for at in range(9)])
     assert labels(figure) == ["loss"]
-    assert figure.get_suptitle() == "1 spike; no norms in the log of 9 steps; loss 2 at the end"
+    assert title_of(figure) == "1 spike; no norms in the log of 9 steps; loss 2 at the end"
     assert legend(figure.axes[0]) == ["spike"]
     figure = plot_run([{"norm": None, "loss": 2.0}, {"norm": None, "loss": 1.5}])
     assert labels(figure) == ["loss"]
-    assert figure.get_suptitle() == "None of the 2 norms is finite; loss 1.5 at the end"
+    assert title_of(figure) == "None of the 2 norms is finite; loss 1.5 at the end"
 
 
 def test_norms_that_are_not_finite_are_marked_whatever_the_log_counted():
@@ -172,7 +177,7 @@ def test_norms_that_are_not_finite_are_marked_whatever_the_log_counted():
     norms[[20, 30]] = np.nan, np.inf
     figure = plot_run({"clip/norm": norms, "clip/nonfinite_steps": np.zeros(50)})
     assert list(drawn(figure.axes[0], "not finite")[:, 0]) == [21, 31]
-    assert figure.get_suptitle().startswith("2 gradients not finite")
+    assert title_of(figure).startswith("2 gradients not finite")
 
 
 def test_what_would_be_hidden_is_drawn_on_top():
@@ -203,7 +208,7 @@ def test_skipped_steps():
     figure = plot_run({f"skip/{name}": column for name, column in columns.items()})
     usual = max(np.median(norms[50:100]), np.median(norms[101:151]))
     title = f"1 spike, {80 / usual:.0f} times the usual norm, skipped; 2 steps skipped"
-    assert figure.get_suptitle().replace("\n", " ") == title
+    assert title_of(figure) == title
     assert drawn(figure.axes[0], "skipped")[:, 0].tolist() == [101, 151]
     assert drawn(figure.axes[1], "skipped since the start")[-1, 1] == pytest.approx(0.01)
 
@@ -214,7 +219,7 @@ def test_a_clip_of_several_groups_says_so():
         row |= {"clip/clipped_norm": 1.6, "clip/clip_rate": 0.25}
     figure = plot_run(rows)
     assert "threshold (the smallest of several)" in legend(figure.axes[0])
-    assert figure.get_suptitle() == "Clip rate 25% since the start"  # of groups, not of steps
+    assert title_of(figure) == "Clip rate 25% since the start"  # of groups, not of steps
 
 
 # Spikes ------------------------------------------------------------------------------------------
@@ -227,7 +232,7 @@ def test_spikes_are_found_and_said():
     figure = plot_run(rows)
     assert drawn(figure.axes[0], "spike")[:, 0].tolist() == [101, 251, 252]
     usual = max(np.median(norms[200:250]), np.median(norms[251:301]))
-    assert figure.get_suptitle().replace("\n", " ") == (
+    assert title_of(figure) == (
         f"3 spikes, the largest {1000 / usual:,.0f} times the usual norm, "
         f"clipped to {2.5 / usual:.1f} times; 3 of 400 steps clipped"
     )
@@ -238,7 +243,7 @@ def test_a_column_says_better_what_a_spike_is():
     rows[30]["spike"] = True
     figure = plot_run(rows)
     assert drawn(figure.axes[0], "spike")[:, 0].tolist() == [31]
-    assert figure.get_suptitle().startswith("1 spike, ")
+    assert title_of(figure).startswith("1 spike, ")
 
 
 @pytest.mark.parametrize(
