@@ -68,18 +68,19 @@ def clip_by(
         sharded: Where JAX does not track which leaves are split over `axis_name` (`pmap`, or
             `shard_map` with `check_vma=False`): a tree of `PartitionSpec`, or a function from
             path to the axes a leaf is split over. None as an answer: the leaf is not split.
-        nonfinite: What a gradient with a non-finite entry becomes: "propagate" hands the whole
-            tree on untouched, "zero" makes every update of the step zero. Neither is learned from.
+        nonfinite: What a gradient with a non-finite entry becomes: "propagate" passes the whole
+            tree on unchanged, "zero" makes every update of the step zero. No rule learns from such
+            a step.
         detail: Whether the state also keeps the norm of every group (of every leaf where the scope
             is the whole tree): two float32 vectors.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` with a `ClipState`. Updates keep their dtype;
-        norms are float32 or better. One pass over the updates to measure them and one to multiply
-        them; the second is fused into what follows. Where there is one norm, `update` takes it as
-        `grad_norm=`, and measures nothing: that of the whole gradient, known to a trainer or to all
-        stages of a pipeline. It must be the norm of what this clip gets, which nobody checks; of a
-        NaN in the gradient only that number tells.
+        norms are float32 or better. Cost: one pass over the updates to measure them and one to
+        multiply them, which is fused into what follows. A clip with one norm also takes it as
+        `update(..., grad_norm=n)` and then measures nothing, as for the stages of a pipeline. The
+        number must be the norm of what this clip receives. It is not validated, and a NaN in the
+        gradient shows only if the number is NaN.
 
     Raises:
         ValueError: If an argument is concrete and makes no sense.

@@ -417,19 +417,21 @@ def robust_clip(
 
     .. math:: u \leftarrow u \, \min(1, e^{m + k \sqrt{v}} / \|u\|)
 
-    where m and v are moving mean and variance of log norms, each held to two deviations about the
-    mean before it is learned from (m believes a small norm down to a tenth of the level). So a
-    spike moves the level by next to nothing, and a lasting change of the level is followed at a
-    speed that grows while it lasts. The rule has no scale: multiplying the loss by any number
-    changes nothing. It cures spikes; a learning rate that is too large it does not, since it
-    follows the norms of the diverging run: see `clip_by_param_norm`.
+    where m and v are a moving mean and variance of the logarithm of the norms. Before a norm is
+    learned from, it is limited to two deviations around the mean (m accepts small norms down to a
+    tenth of the level). So a spike hardly moves the level, and a lasting change is followed faster
+    the longer it lasts. Multiplying the loss by a number changes nothing. It stops spikes. It does
+    not stop a run that diverges because of its learning rate, since it follows the growing norms:
+    use `safeguard` there.
 
-    Measured (log-normal norms, medians of `python -m benchmarks.dynamics`): it clips 2.3% to 3.5%
-    of the steps at any noise from 0.02 to 1, lets spikes out at 1.4 to 1.5 times the level, and
-    follows a tenfold rise in 95 steps, a fall in 90. Known weakness: the last of 20 steps at 20
-    times the norm comes out at 3.0; after a tenfold rise the threshold overshoots to 2.3 times its
-    new level; of Pareto-distributed norms it clips 9.8%; and the first norm of all is never
-    clipped: a spike there leaves the threshold at 33 times the norm 20 steps later.
+    Measured (log-normal norms, medians of `python -m benchmarks.dynamics`): at noises from 0.02 to
+    1 it clips 2.3% to 3.5% of the steps. Spikes leave at 1.4 to 1.5 times the level. A tenfold rise
+    is followed in 95 steps, a tenfold fall in 90.
+
+    Known weaknesses: the last of 20 steps at 20 times the norm leaves at 3.0. After a tenfold rise
+    the threshold overshoots to 2.3 times its new level. Of Pareto-distributed norms 9.8% are
+    clipped. The first norm is never clipped: a spike there leaves the threshold at 33 times the
+    norm 20 steps later.
 
     Args:
         deviations: k, deviations of the log norm above its mean; 2.0 clips about one step in 30,

@@ -79,10 +79,10 @@ def skip_spikes(
     .. math:: \text{skip if } \|u\| > \mathrm{mean} + k \, \mathrm{std} \text{ of the last
         ordinary norms}
 
-    On a skipped step the update is zero and the state of `inner` is untouched: no momentum decays,
-    no schedule advances. Skipped norms do not enter mean and deviation. After `patience` skips in a
-    row the new level is accepted, so that a run cannot stall; a run of non-finite gradients is
-    skipped for as long as it lasts.
+    On a skipped step the update is zero and `inner` keeps its state: no moment decays, and no
+    schedule advances. Skipped norms do not enter the mean and the deviation. A run cannot stall:
+    after `patience` skips in a row the new level is accepted. Non-finite gradients are skipped for
+    as long as they last. All leaves count, frozen ones too.
 
     Args:
         inner: The optimizer, clips included.
