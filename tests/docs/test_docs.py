@@ -5,28 +5,16 @@ The build itself runs every code cell and every claim in them: `python -m sphinx
 
 import collections
 import importlib
-import importlib.util
 import inspect
 import pathlib
 import pkgutil
 import re
 
 import pytest
+from helpers.scripts import DOCS, ROOT, script
 
 import optclip
 from optclip import catalogue, histograms, limiters, norms, scopes, testing, thresholds, tuning
-
-ROOT = pathlib.Path(__file__).parents[2]
-DOCS = ROOT / "docs"
-
-
-def script(path):
-    """A file of the documentation as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 readme_tables = script(DOCS / "readme_tables.py")
 listing = script(DOCS / "_support/listing.py")

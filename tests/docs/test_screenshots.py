@@ -1,14 +1,9 @@
 """docs/screenshots.py finds what is wider than its page; `.ci/run docs` asks it about the site."""
 
-import importlib.util
-import pathlib
-
 import pytest
+from helpers.scripts import DOCS, script
 
-PATH = pathlib.Path(__file__).parents[2] / "docs/screenshots.py"
-spec = importlib.util.spec_from_file_location("screenshots", PATH)
-screenshots = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(screenshots)
+screenshots = script(DOCS / "screenshots.py")
 
 PAGE = "<html><body><main><p>narrow</p>{}</main></body></html>"
 WIDE = '<div style="width: 700px">wide</div>'
