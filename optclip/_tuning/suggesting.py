@@ -133,7 +133,7 @@ class Suggestion(NamedTuple):
         if self.held is not None:
             good, others, runs = self.held
             said.append(
-                f"On {runs} similar test runs that answer was near the best in {good}"
+                f"On {runs} similar test runs {_name(self.method)} was near the best in {good}"
                 + (f", {_name(self.alternative)} in {others}." if self.alternative else ".")
             )
         for note in self.notes:

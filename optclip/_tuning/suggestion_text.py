@@ -170,8 +170,8 @@ def notes(record: Record) -> list[str]:
         said.append(f"{percent(share)} of the steps were clipped; without that norms would differ")
     if _learned_nothing(record):
         said.append(
-            "the loss did not fall over the run; where it should have, the norms are those of a "
-            "run that goes wrong: take a smaller learning rate, or safeguard"
+            "the loss did not fall over the run; if it should have, the run is going wrong: take a "
+            "smaller learning rate, or safeguard"
         )
     return said
 
