@@ -5,8 +5,8 @@
 The loss, and the norm of the gradient against the threshold.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,18 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-if __name__ == "__main__":
-    lines = Path(sys.argv[1], "steps.jsonl").read_text("utf-8").splitlines()
+def main() -> None:
+    """Draws the run that the command line names."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("run", type=Path, help="the folder that the example wrote (its --out)")
+    log = parser.parse_args().run / "steps.jsonl"
+    if not log.is_file():
+        parser.error(f"there is no {log}: run examples/fsdp_transformer.py with --out first")
+    lines = log.read_text("utf-8").splitlines()
     with mpl.rc_context(STYLE):
         draw([json.loads(line) for line in lines]).savefig(PICTURE, dpi=150)
+    print(f"{PICTURE} written")
+
+
+if __name__ == "__main__":
+    main()
