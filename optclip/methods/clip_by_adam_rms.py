@@ -91,32 +91,33 @@ def clip_by_adam_rms(
     .. math:: u_l \leftarrow u_l / \max(1, \mathrm{RMS}_l / d), \quad \mathrm{RMS}_l =
         \sqrt{\mathrm{mean}(g_l^2 / \max(\hat v_l, \epsilon^2))} \quad \text{for each leaf } l
 
-    v is Adam's second moment, corrected for its start and with this gradient in it. Where it learns
-    too slowly, as with b2 = 0.999 and after a layer wakes up, Adam's step is too long for several
-    steps; a clip of the gradient does not see that. Unlike `clip_by_block_rms`, which measures the
-    update, this one measures the gradient, without momentum.
+    v is Adam's bias-corrected second moment, with this gradient included. With b2 = 0.999, v learns
+    slowly. When the gradient of a layer grows, Adam's steps are then too long for a while, which a
+    clip of the gradient does not see. Unlike `clip_by_block_rms`, which measures the update, this
+    measures the gradient, without momentum.
 
-    It goes around any Optax chain with an Adam in it (adam, adamw, nadamw, radam, lamb,
-    `optax.contrib.muon` for the leaves that Adam has), and multiplies all that the chain makes,
-    weight decay too. Leaves that no Adam scales are as they were. b2 and the gradient that Adam
-    gets, after a clip before it, are asked of the chain: its update is traced three times. Squares
-    that the moments cannot hold (of entries below 2e-4 in float16, above 1e19 in float32) it sees
-    as little as Adam does.
+    It goes around any Optax chain that contains an Adam (adam, adamw, nadamw, radam, lamb, and
+    `optax.contrib.muon` for its Adam leaves). It multiplies the whole update of the chain, weight
+    decay included. Leaves that no Adam scales pass unchanged. It finds b2, and the gradient that
+    Adam receives after any clip, by tracing the update of the chain three times. Squares that the
+    moments cannot hold (of entries below 2e-4 in float16 or above 1e19 in float32) are as invisible
+    to it as to Adam.
 
-    A gradient of ten times the usual size has an RMS of 7 at b2 = 0.99; no gradient has one above
-    1 / sqrt(1 - b2). An ordinary one is about 1, on either side, so that a third of the leaves
-    take a step that is shorter by some percent.
+    An ordinary gradient has an RMS around 1, so about a third of the leaves take a step that is
+    shorter by a few percent. With b2 = 0.99, a gradient of ten times the usual size has an RMS of
+    7. No gradient has one above 1 / sqrt(1 - b2).
 
-    It is no guard against spikes, which stay in both moments: on the proving ground AdamW ends at
-    3.21 with it, at 3.27 without a clip and at 2.50 with `safeguard`.
+    It does not protect against spikes, which stay in both moments. On the proving ground with
+    spikes, AdamW ends at a loss of 3.21 with it, 3.27 without a clip and 2.50 with `safeguard`.
 
     Args:
         inner: The optimizer.
         threshold: d, the largest RMS without a factor; a number, traced scalar or Optax schedule.
             1.0 is the paper's: the RMS of a gradient as v expects it.
         eps: epsilon, the least that the root of v counts; likewise. 1e-8 is `optax.adamw`'s.
-        nonfinite: "propagate" hands a non-finite gradient to `inner`, whose moments it spoils for
-            good, as without this clip; "skip" leaves the step out, with `inner` untouched.
+        nonfinite: "propagate" hands a non-finite gradient to `inner`, whose moments it corrupts
+            permanently, as without this clip. "skip" leaves the step out, and `inner` keeps its
+            state.
         axis_name: See `clip_by`.
         sharded: See `clip_by`.
         detail: See `clip_by`.

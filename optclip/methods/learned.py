@@ -28,14 +28,14 @@ def autoclip(
     .. math:: u \leftarrow u \, \min(1, c / \|u\|), \quad
         c = \mathrm{percentile}_p(\|u_1\|, \dots, \|u_t\|)
 
-    This step's norm is counted before it is clipped. The paper keeps every norm of the
-    run; here the last `window` are kept, so that memory does not grow and the threshold follows a
-    drift, late.
+    This step's norm is counted before it is clipped. The paper keeps every norm of the run. Here
+    the last `window` are kept, so that memory does not grow and the threshold follows a drift,
+    with a delay.
 
     Known weakness (log-normal norms, medians of `python -m benchmarks.dynamics`): the default clips
-    nine steps in ten, and at a noise of 0.2 lets out 0.74 of the norm. A lasting tenfold rise is
-    followed after 921 steps; at percentile 90 after 104, but then a fall takes 921, and a spike of
-    100 at the tenth step comes out as 11.
+    nine steps in ten. At a noise of 0.2 it leaves 0.74 of the norm. A lasting tenfold rise is
+    followed after 921 steps. At percentile 90 it is followed after 104, but then a fall takes 921,
+    and of a spike of 100 at the tenth step a norm of 11 is left.
 
     Args:
         percentile: p, in [0, 100]; the paper recommends 10, which clips nine steps in ten. With
@@ -231,10 +231,10 @@ def adagc(
     the smallest clipped norm of the tensor so far.
 
     Known weakness (log-normal norms, `python -m benchmarks.dynamics`): with 1.05 it clips 42% of
-    the steps at a noise of 0.1, and 80% at 0.5, where 0.55 of the norm comes out. It rises by 0.1%
-    a step at the most: a tenfold rise takes 1,616 steps (43 with `patience=20`, 163 with
-    `relative=1.5`). `max_norm` gives it a scale to start from: with norms about 100 most steps lose
-    more than 10% until step 4,541.
+    the steps at a noise of 0.1. At a noise of 0.5 it clips 80%, and 0.55 of the norm is left. The
+    threshold rises by at most 0.1% a step, so a tenfold rise takes 1,616 steps (43 with
+    `patience=20`, 163 with `relative=1.5`). `max_norm` sets the scale it starts from: with norms
+    around 100, most steps lose more than 10% of the norm until step 4,541.
 
     Args:
         relative: lambda, how many times its average a tensor's norm may be; the paper's 1.05.
@@ -304,9 +304,9 @@ def clip_by_window(
     filled. The deviation counts as 1e-6 of the mean where it is smaller.
 
     Known weakness (`python -m benchmarks.dynamics`): one spike of 100 raises the threshold 17-fold
-    for a window, so the second of two spikes 20 steps apart passes in full, and of a burst of 20
-    steps at 20 times the norm 15 comes out on average. `learn_from="clipped"` lets out 1.6 and 1.9,
-    and follows a tenfold rise in 71 steps instead of 8.
+    for a window. So the second of two spikes 20 steps apart passes in full, and a burst of 20 steps
+    at 20 times the norm leaves at 15 on average. With `learn_from="clipped"` they leave at 1.6 and
+    1.9, and a tenfold rise is followed in 71 steps instead of 8.
 
     Args:
         deviations: k; 3.0 is what the Levanter trainer takes.
@@ -369,8 +369,8 @@ def clip_by_moving_average(
             and below it sinks. The default is ours.
         decay: beta, the share of the average that a step keeps, in [0, 1). The default is ours: it
             looks back over about 100 steps.
-        learn_from: "clipped" follows a lasting rise at the speed above; "raw" in 60 steps a tenfold
-            one, and lets a spike raise the threshold.
+        learn_from: "clipped" follows a lasting rise at the speed above. "raw" follows a tenfold
+            rise in 60 steps, and lets a spike raise the threshold.
         patience: After so many clips in a row learn from raw norms; None: never.
         axis_name: See `clip_by`.
         sharded: See `clip_by`.
