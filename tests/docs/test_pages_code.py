@@ -28,6 +28,7 @@ PAGES = [
     "resuming",
     "sharding",
     "sharp_edges",
+    "testing",
     "which_clip",
 ]
 """They may use the eight CPU devices of the tests, and write files where they are run."""

@@ -18,6 +18,8 @@ from benchmarks.proving_ground.tasks import TASKS
 NEAR = 1.02
 """What is asked of `safeguard`: the loss over that of the best fixed threshold."""
 SPIKED = ("spikes", "bursts")
+FEW = 3
+"""How many methods are named one by one where they were not run."""
 
 
 def source(found: dict[str, Any]) -> str:
@@ -88,10 +90,15 @@ def claims(found: Found) -> str:
         try:
             outcome = claim.test(found)
             verdict = "yes" if outcome.held else "**no**"
-            rows.append((f"{claim.claimed} ({claim.paper})", outcome.figure, verdict))
+            rows.append((f"{claim.claimed} {_cited(claim.paper)}", outcome.figure, verdict))
         except NotRun:
-            rows.append((f"{claim.claimed} ({claim.paper})", "", NOT_RUN))
+            rows.append((f"{claim.claimed} {_cited(claim.paper)}", "", NOT_RUN))
     return table(("claim", "measured", "reproduced"), rows)
+
+
+def _cited(paper: str) -> str:
+    authors, _, number = paper.partition(", arXiv:")
+    return f"([{authors}](https://arxiv.org/abs/{number}))"
 
 
 def waiting(found: Found) -> str:
@@ -100,7 +107,10 @@ def waiting(found: Found) -> str:
     for contender in CONTENDERS:
         if places := _missing(found, contender):
             names.setdefault(places, []).append(f"`{contender.name}`")
-    return "\n".join(f"- {', '.join(which)}: {places}." for places, which in names.items())
+    return "\n".join(
+        f"- {', '.join(which) if len(which) <= FEW else f'{len(which)} methods'}: {places}."
+        for places, which in names.items()
+    )
 
 
 def _missing(found: Found, contender: Contender) -> str:
