@@ -55,12 +55,6 @@ def legend(axes: Axes, columns: int = 2, **which: Any) -> None:
     axes.legend(**place, ncols=columns, columnspacing=1.2, **which)
 
 
-def drawn(draw: Callable[[Any], Figure], results: Any) -> Figure:
-    """The picture in the gallery's style."""
-    with mpl.rc_context(STYLE):
-        return draw(results)
-
-
 def write(
     script: str, results: Any, table: Callable[[Any], str], draw: Callable[[Any], Figure]
 ) -> None:
@@ -71,7 +65,7 @@ def write(
     path.with_suffix(".txt").write_text(text, encoding="utf-8")
     picture = path.parents[1] / f"images/gallery_{path.stem}.png"
     with mpl.rc_context(STYLE):
-        drawn(draw, results).savefig(buffer := io.BytesIO())
+        draw(results).savefig(buffer := io.BytesIO())
     # 64 colors take a third of the space.
     Image.open(buffer).convert("RGB").quantize(64).save(picture, optimize=True)
     print(f"{text}\n{picture}")

@@ -1,17 +1,15 @@
 """The gallery's scripts run, in small, and their committed tables are those of the scripts."""
 
-import pathlib
 import re
 import sys
 
 import jax
+import matplotlib as mpl
 import numpy as np
 import pytest
+from helpers.scripts import DOCS, script
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
-
-GALLERY = pathlib.Path(__file__).parents[2] / "docs/gallery"
+GALLERY = DOCS / "gallery"
 SCRIPTS = {path.stem for path in GALLERY.glob("*.py")} - {"figures"}
 SMALL = {  # sizes, and the shape of its arrays
     "agc": ({"steps": 2, "names": ("no clip", "adaptive_grad_clip(0.1)")}, (9, 2)),
@@ -36,10 +34,8 @@ def module(request, monkeypatch):
     monkeypatch.syspath_prepend(str(GALLERY))
     quick = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
-    found = __import__(request.param)
-    yield found
-    for name in (request.param, "figures"):
-        sys.modules.pop(name, None)
+    yield script(GALLERY / f"{request.param}.py")
+    sys.modules.pop("figures", None)
     jax.config.update("jax_disable_most_optimizations", quick)
 
 
@@ -75,6 +71,7 @@ def test_a_script_runs_in_small_and_its_committed_table_has_its_rows(module):
         for name in getattr(module, of, ()):
             assert name in committed, "a variant has no row: run the script"
 
-    figure = figures.drawn(module.draw, results)
+    with mpl.rc_context(figures.STYLE):
+        figure = module.draw(results)
     assert figure.get_figwidth() == 6
     assert all(axes.has_data() for axes in figure.axes)

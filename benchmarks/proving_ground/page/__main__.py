@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.parsing import Parser
 from benchmarks.proving_ground.claims import Found
@@ -18,12 +19,15 @@ PICTURE = DOCS / "images/proving_ground_summary.png"
 PAGES = (DOCS / "proving_ground.md",)
 
 
-def blocks() -> dict[str, Callable[[], str]]:
-    """What can stand in a page, by name."""
-    ours = json.loads(RESULTS.read_text(encoding="utf-8"))
-    found = Found(ours["scores"])
+def blocks(report: dict[str, Any], found: Found) -> dict[str, Callable[[], str]]:
+    """What can stand in a page, by name.
+
+    Args:
+        report: The committed results.
+        found: Its scores.
+    """
     return {
-        "source": lambda: results.source(ours),
+        "source": lambda: results.source(report),
         "sums": lambda: results.sums(found),
         "settings": lambda: results.settings(found),
         "claims": lambda: results.claims(found),
@@ -57,9 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if a page is old")
     options = parser.parse_args(arguments)
-    made_of, old = blocks(), []
+    report = json.loads(RESULTS.read_text(encoding="utf-8"))
+    found = Found(report["scores"])
+    made_of, old = blocks(report, found), []
     if not options.check:
-        picture.draw(PICTURE, Found(json.loads(RESULTS.read_text(encoding="utf-8"))["scores"]))
+        picture.draw(PICTURE, found)
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         made = filled(text, made_of)
